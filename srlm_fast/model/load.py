@@ -1,0 +1,186 @@
+"""Load a causal LM and its tokenizer from a HuggingFace folder or hub id: quietly, and safely."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils import logging
+
+from srlm_fast.errors import UserError
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+_CONTEXT_FIELDS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
+_CAUSAL_CLASSES = ("ForCausalLM", "LMHeadModel")
+_NO_LIMIT = 1 << 30
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device called `name`; "auto" is the current GPU if there is one, else the CPU.
+
+    Raises UserError when the name is unknown or the device is not there.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"unknown device {name!r}; use auto, cpu, cuda or cuda:<index>") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(
+            f"device {name} is not here ({torch.cuda.device_count()} GPUs are visible); use auto"
+        )
+    return device
+
+
+def load_model(
+    path: str, *, device: torch.device, dtype: str | torch.dtype = "auto"
+) -> PreTrainedModel:
+    """The causal LM of `path` on `device`, in eval mode.
+
+    `dtype` "auto" is the checkpoint's own on a GPU and float32 on the CPU. Remote code is never
+    run. Raises UserError when `path` is no model folder or hub id, its model is no causal LM or
+    its weights are incomplete.
+    """
+    _check_path(path)
+    if dtype == "auto" and device.type == "cpu":
+        dtype = torch.float32
+    if isinstance(dtype, str) and dtype != "auto":
+        dtype = _dtype(dtype)
+    with quiet_transformers():
+        config = _causal_config(path)
+        try:
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                path, config=config, dtype=dtype, trust_remote_code=False, output_loading_info=True
+            )
+        except (OSError, ValueError, RuntimeError) as error:
+            raise UserError(f"cannot load the weights of {path}: {_first(error)}") from error
+    model, report = loaded
+    if report["missing_keys"]:
+        raise UserError(
+            f"the weights of {path} are incomplete: {min(report['missing_keys'])} is missing"
+        )
+    moved: PreTrainedModel = model.to(device).eval()
+    return moved
+
+
+def load_tokenizer(path: str) -> Any:
+    """The tokenizer of `path`; one without a pad token pads with its EOS.
+
+    Raises UserError when the folder has no tokenizer.
+    """
+    _check_path(path)
+    folder = Path(path)
+    if folder.is_dir() and not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+        raise UserError(
+            f"model folder {path} has no tokenizer (none of {', '.join(_TOKENIZER_FILES)});"
+            " copy the tokenizer files of the model into it"
+        )
+    with quiet_transformers():
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"cannot load the tokenizer of {path}: {_first(error)}") from error
+    if tokenizer.pad_token is None and tokenizer.eos_token is not None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def resolve_folder(path: str) -> Path:
+    """The local folder of a model: `path` itself, or the hub's snapshot of it.
+
+    Raises UserError when it is neither, or the hub cannot be reached.
+    """
+    _check_path(path)
+    if Path(path).is_dir():
+        return Path(path)
+    try:
+        return Path(snapshot_download(path, ignore_patterns=["*.bin", "*.pth", "*.msgpack"]))
+    except Exception as error:  # a dozen kinds: offline, unknown, gated, disk
+        raise UserError(f"cannot get model {path} from the hub: {_first(error)}") from error
+
+
+def eos_token_ids(model: Any, tokenizer: Any = None) -> tuple[int, ...]:
+    """Every id that ends a response, ascending: of the generation config, the configuration and
+    the tokenizer together (chat models often name their end-of-turn token in only one of them)."""
+    found: set[int] = set()
+    sources = (getattr(model, "generation_config", None), text_config(model), tokenizer)
+    for source in sources:
+        ids = getattr(source, "eos_token_id", None)
+        if ids is not None:
+            found.update([ids] if isinstance(ids, int) else ids)
+    return tuple(sorted(found))
+
+
+def context_length(model: Any) -> int:
+    """Most tokens (prompt and response together) that the model's positions allow."""
+    config = text_config(model)
+    for name in _CONTEXT_FIELDS:
+        value = getattr(config, name, None)
+        if isinstance(value, int) and value > 0:
+            return value
+    return _NO_LIMIT
+
+
+def text_config(model: Any) -> Any:
+    """The configuration of the language model, also inside a multimodal one."""
+    return model.config.get_text_config(decoder=True)
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Silences transformers' warnings and progress bars, and restores them."""
+    hf_logging: Any = logging
+    verbosity, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        hf_logging.set_verbosity(verbosity)
+        if bars:
+            hf_logging.enable_progress_bar()
+
+
+def _causal_config(path: str) -> Any:
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"cannot read the configuration of {path}: {_first(error)}") from error
+    known = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
+    saved = config.architectures or []  # BERT has a causal class too, but BertForMaskedLM is none
+    if not known or (saved and not any(n == known or n.endswith(_CAUSAL_CLASSES) for n in saved)):
+        raise UserError(
+            f"{path} holds a {config.model_type!r} model ({', '.join(saved) or 'no architecture'}),"
+            " which is not a causal language model; give one that AutoModelForCausalLM can load"
+        )
+    return config
+
+
+def _check_path(path: str) -> None:
+    folder = Path(path)
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise UserError(f"{path} has no config.json; give a folder that save_pretrained wrote")
+    elif folder.exists():
+        raise UserError(f"{path} is a file; give the model's folder")
+    elif not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", path):
+        raise UserError(f"model folder {path!r} does not exist")
+
+
+def _dtype(name: str) -> torch.dtype:
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise UserError(f"unknown dtype {name!r}; use auto, float32 or bfloat16")
+    return dtype
+
+
+def _first(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

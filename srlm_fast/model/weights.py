@@ -1,0 +1,67 @@
+"""Copies of a model's weights: in memory, into another model, and on disk."""
+
+from __future__ import annotations
+
+import copy
+import errno
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from srlm_fast.errors import UserError
+from srlm_fast.model.load import load_model, quiet_transformers
+
+
+def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
+    """A second copy of `model` (same device and dtype) in eval mode that takes no gradients."""
+    twin = copy.deepcopy(model)
+    twin.train(False).requires_grad_(False)
+    twin.zero_grad(set_to_none=True)  # deepcopy brings the gradients along
+    return twin
+
+
+def load_weights(model: PreTrainedModel, folder: str | Path) -> None:
+    """Overwrites the weights of `model` in place with those saved in `folder`.
+
+    The tensors stay the same objects, so optimisers and samplers that hold them see the new
+    values. Raises UserError when the folder's model has other tensors or shapes.
+    """
+    source = load_model(str(folder), device=torch.device("cpu"), dtype=model.dtype).state_dict()
+    target = model.state_dict()
+    shapes = [{name: t.shape for name, t in state.items()} for state in (source, target)]
+    if shapes[0] != shapes[1]:
+        odd = min(set(shapes[0].items()) ^ set(shapes[1].items()))[0]
+        raise UserError(f"the model in {folder} does not fit this one: {odd} differs")
+    with torch.no_grad():
+        for name, tensor in target.items():
+            tensor.copy_(source[name])
+
+
+def save_model(model: PreTrainedModel, tokenizer: Any, folder: str | Path) -> None:
+    """Writes an ordinary HF folder: safetensors, configuration, tokenizer with chat template.
+
+    It is written under a temporary name beside `folder` and renamed when complete; an older folder
+    of that name is replaced. Raises UserError when the disk is full.
+    """
+    folder = Path(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    fresh = work / "new"
+    try:
+        with quiet_transformers():
+            model.save_pretrained(fresh)
+            tokenizer.save_pretrained(fresh)
+        if folder.exists():
+            os.replace(folder, work / "old")
+        os.replace(fresh, folder)
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise UserError(f"the disk is full: cannot save the model to {folder}") from error
+        raise
+    finally:
+        shutil.rmtree(work, ignore_errors=True)

@@ -1,0 +1,275 @@
+"""Whole generations: against `model.generate`, a training forward, and each other."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from srlm_fast.errors import UserError
+from srlm_fast.sampler import Completion, Output, Sampler, SamplingParams
+
+Prompts = list[list[int]]
+VOCAB_END = 95
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "qwen2": {},
+    "qwen3": {},
+    # Windows shorter than the prompts, and crossed while decoding by the short ones.
+    "mistral": {"sliding_window": 6},
+    "gemma2": {
+        "sliding_window": 6,
+        "final_logit_softcapping": 5.0,
+        "attn_logit_softcapping": 3.0,
+    },
+    "gemma3_text": {"sliding_window": 6},
+    "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 6},
+    "gpt_neox": {},
+    "gpt2": {},
+    "phi3": {},
+    "cohere": {},
+    "granite": {"logits_scaling": 4.0},
+    "mixtral": {"num_local_experts": 4},
+}
+
+
+def tokens(outputs: list[Output]) -> list[list[list[int]]]:
+    return [[c.token_ids for c in output.outputs] for output in outputs]
+
+
+def completions(outputs: list[Output]) -> list[Completion]:
+    return [c for output in outputs for c in output.outputs]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_equals_transformers_generate(
+    family: str, make_model: Callable[..., Any], prompts: Prompts
+) -> None:
+    model = make_model(family, **FAMILIES[family])
+    params = SamplingParams(n=2, temperature=0.0, max_tokens=12)
+    outputs = Sampler(model).generate(prompts, params)
+    assert [o.prompt_token_ids for o in outputs] == prompts
+    for prompt, output in zip(prompts, outputs, strict=True):
+        ids = torch.tensor([prompt])
+        # No pad token: generate would take prompt tokens of that id for padding.
+        theirs = model.generate(ids, do_sample=False, max_new_tokens=12, pad_token_id=VOCAB_END)
+        expected = theirs[0, len(prompt) :].tolist()
+        assert [c.token_ids for c in output.outputs] == [expected, expected]
+
+
+def test_tokens_do_not_depend_on_batch_order_or_retirement(model: Any, prompts: Prompts) -> None:
+    params = SamplingParams(n=3, max_tokens=20, seed=5, logit_bias={2: 3.0})
+    together = tokens(Sampler(model).generate(prompts, params))
+    assert len({len(ids) for group in together for ids in group}) > 4, "rows must retire one by one"
+    alone = [tokens(Sampler(model).generate([p], params))[0] for p in prompts]
+    backwards = tokens(Sampler(model).generate(prompts[::-1], params))[::-1]
+    split = tokens(Sampler(model, batch_tokens=120).generate(prompts, params))
+    assert alone == together
+    assert backwards == together
+    assert split == together
+
+
+def test_seed_and_index_change_the_tokens(model: Any, prompts: Prompts) -> None:
+    sampler = Sampler(model)
+    runs = [
+        tokens(sampler.generate(prompts, SamplingParams(n=4, max_tokens=10, seed=seed)))
+        for seed in (0, 0, 1)
+    ]
+    assert runs[0] == runs[1]
+    assert runs[0] != runs[2]
+    assert all(len({tuple(ids) for ids in group}) == 4 for group in runs[0])
+    fewer = tokens(sampler.generate(prompts, SamplingParams(n=2, max_tokens=10)))
+    assert fewer == [group[:2] for group in runs[0]]
+
+
+def test_equal_prompts_are_computed_once(make_model: Callable[..., Any], prompts: Prompts) -> None:
+    model = make_model()
+    sampler = Sampler(model)
+    fed: list[int] = []
+    model.model.register_forward_pre_hook(
+        lambda _m, _a, kwargs: fed.append(kwargs["input_ids"].numel()), with_kwargs=True
+    )
+    params = SamplingParams(n=3, max_tokens=1)
+    repeated = sampler.generate([prompts[0], prompts[2], prompts[0]], params)
+    width = max(len(prompts[0]), len(prompts[2]))
+    assert fed == [2 * width]
+    assert tokens(repeated)[0] == tokens(repeated)[2]
+
+
+def test_logprobs_equal_a_training_forward(model: Any, prompts: Prompts) -> None:
+    params = SamplingParams(n=3, max_tokens=15, temperature=0.8, top_p=0.9, logit_bias={2: 2.0})
+    for output in Sampler(model).generate(prompts, params):
+        for row in output.outputs:
+            ids = torch.tensor([output.prompt_token_ids + row.token_ids])
+            logps = model(ids).logits[0, :-1].float().log_softmax(-1)
+            start = len(output.prompt_token_ids) - 1
+            expected = logps[start:].gather(-1, ids[0, start + 1 :, None])[:, 0]
+            torch.testing.assert_close(torch.tensor(row.logprobs), expected, atol=1e-4, rtol=0)
+            assert row.cumulative_logprob == pytest.approx(sum(row.logprobs))
+            assert len(row.sample_logprobs) == len(row.kept_mass) == len(row.token_ids)
+
+
+def test_eos_is_kept_and_ends_the_row(model: Any, prompts: Prompts) -> None:
+    params = SamplingParams(n=8, max_tokens=12, logit_bias={2: 3.0})
+    rows = completions(Sampler(model).generate(prompts, params))
+    ended = [row for row in rows if row.finish_reason == "stop"]
+    assert ended and len(ended) < len(rows)
+    for row in rows:
+        assert 2 not in row.token_ids[:-1]
+        assert (row.token_ids[-1] == 2) == (row.finish_reason == "stop")
+        assert row.stop_reason is None
+        assert row.finish_reason == "stop" or len(row.token_ids) == 12
+
+
+def test_more_eos_ids_than_the_models_own(model: Any, prompts: Prompts) -> None:
+    params = SamplingParams(temperature=0.0, max_tokens=10, ignore_eos=False)
+    free = tokens(Sampler(model).generate(prompts, params))
+    extra = free[0][0][3]
+    cut = Sampler(model, eos_ids=[extra]).generate(prompts[:1], params)[0].outputs[0]
+    assert cut.token_ids == free[0][0][: free[0][0].index(extra) + 1]
+    assert (cut.finish_reason, cut.stop_reason) == ("stop", None)
+
+
+def test_repetition_penalty_equals_transformers_generate(model: Any, prompts: Prompts) -> None:
+    params = SamplingParams(temperature=0.0, max_tokens=12, repetition_penalty=1.5)
+    for prompt, output in zip(prompts, Sampler(model).generate(prompts, params), strict=True):
+        theirs = model.generate(
+            torch.tensor([prompt]),
+            do_sample=False,
+            max_new_tokens=12,
+            repetition_penalty=1.5,
+            pad_token_id=VOCAB_END,
+        )
+        assert output.outputs[0].token_ids == theirs[0, len(prompt) :].tolist()
+
+
+def test_slabs_grow_past_their_first_capacity(model: Any) -> None:
+    params = SamplingParams(temperature=0.0, max_tokens=100, min_tokens=100)
+    ours = Sampler(model).generate([[5, 6, 7]], params)[0].outputs[0].token_ids
+    theirs = model.generate(
+        torch.tensor([[5, 6, 7]]), do_sample=False, min_new_tokens=100, max_new_tokens=100
+    )
+    assert len(ours) == 100
+    assert ours == theirs[0, 3:].tolist()
+
+
+def test_weights_changed_in_place_are_seen(
+    make_model: Callable[..., Any], prompts: Prompts
+) -> None:
+    model, other = make_model(), make_model(seed=1)
+    sampler = Sampler(model)
+    params = SamplingParams(temperature=0.0, max_tokens=8)
+    before = tokens(sampler.generate(prompts, params))
+    with torch.no_grad():
+        for mine, new in zip(model.parameters(), other.parameters(), strict=True):
+            mine.copy_(new)
+    after = tokens(sampler.generate(prompts, params))
+    assert after != before
+    assert after == tokens(Sampler(other).generate(prompts, params))
+
+
+def test_training_is_not_disturbed_by_sampling(
+    make_model: Callable[..., Any], prompts: Prompts
+) -> None:
+    def train(sample: bool) -> Any:
+        model = make_model(attention_dropout=0.2).train()
+        sampler = Sampler(model) if sample else None
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        with torch.random.fork_rng(devices=[]):
+            torch.random.default_generator.manual_seed(0)
+            for _ in range(5):
+                if sampler:
+                    sampler.generate(prompts, SamplingParams(max_tokens=4))
+                ids = torch.tensor([prompts[4]])
+                model(ids, labels=ids).loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+        return model.state_dict()
+
+    plain, sampled = train(False), train(True)
+    assert all(torch.equal(plain[name], sampled[name]) for name in plain)
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_state_is_restored_after_an_exception(
+    error: type[BaseException], make_model: Callable[..., Any], prompts: Prompts
+) -> None:
+    model = make_model().train()
+    model.model.layers[0].eval()
+    modes = [module.training for module in model.modules()]
+    sampler = Sampler(model)
+    calls = 0
+
+    def fail(*_: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            raise error("in the middle of decoding")
+
+    hook = model.model.register_forward_pre_hook(fail)
+    with pytest.raises(error):
+        sampler.generate(prompts, SamplingParams(max_tokens=8))
+    hook.remove()
+    assert [module.training for module in model.modules()] == modes
+    assert model.config._attn_implementation == "sdpa"
+    assert torch.is_grad_enabled()
+    model(torch.tensor([prompts[0]])).logits.sum().backward()
+
+
+@pytest.mark.parametrize(
+    "prompts,options,message",
+    [
+        ([[5], []], {}, "prompt 1 is empty"),
+        ([[5], [5] * 120], {"max_tokens": 9}, "prompt 1 has 120 tokens.*9 response.*128"),
+        ([[5, 96]], {}, "prompt 0 has token id 96.*vocabulary of 96"),
+        ([[-1]], {}, "prompt 0 has token id -1"),
+        ([[5]], {"logit_bias": {1000: 1.0}}, "logit_bias has token id 1000"),
+        ([[5]], {"stop": ("x",)}, "stop strings need the tokenizer"),
+        (["text"], {}, "need the tokenizer"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_bad_input_is_refused(model: Any, prompts: Any, options: Any, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        Sampler(model).generate(prompts, SamplingParams(**options))
+
+
+def test_a_prompt_may_fill_the_context_exactly(model: Any) -> None:
+    row = Sampler(model).generate([[5] * 120], SamplingParams(max_tokens=8, ignore_eos=True))
+    assert len(row[0].outputs[0].token_ids) == 8
+
+
+def test_no_prompts_no_outputs(model: Any) -> None:
+    assert Sampler(model).generate([]) == []
+
+
+def test_texts_are_tokenised_and_decoded(make_model: Callable[..., Any], tokenizer: Any) -> None:
+    sampler = Sampler(make_model(), tokenizer)
+    params = SamplingParams(n=2, max_tokens=6)
+    ids = tokenizer("a").input_ids
+    by_text, by_ids = sampler.generate(["a", ids], params)
+    assert by_text == by_ids
+    for row in by_text.outputs:
+        assert row.text == "".join(chr(29 + i) for i in row.token_ids if i > 2)
+
+
+@pytest.mark.parametrize("family", ["bloom", "mamba"])
+def test_families_that_cannot_be_decoded_are_refused(
+    family: str, make_model: Callable[..., Any]
+) -> None:
+    with pytest.raises(UserError, match=family):
+        Sampler(make_model(family))
+
+
+def test_diverged_weights_are_named(make_model: Callable[..., Any]) -> None:
+    model = make_model()
+    with torch.no_grad():
+        model.model.norm.weight.fill_(torch.nan)
+    with pytest.raises(UserError, match="not finite"):
+        Sampler(model)
+
+
+def test_bfloat16_weights(make_model: Callable[..., Any], prompts: Prompts) -> None:
+    model = make_model().to(torch.bfloat16)
+    rows = completions(Sampler(model).generate(prompts, SamplingParams(n=2, max_tokens=8)))
+    assert all(torch.tensor(row.logprobs).isfinite().all() for row in rows)

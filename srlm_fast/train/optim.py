@@ -1,0 +1,112 @@
+"""The optimiser step: AdamW with fp32 state, schedule, clipping, and the non-finite policy."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from srlm_fast.config import TrainConfig
+from srlm_fast.errors import UserError
+
+MAX_STREAK = 5
+
+
+def lr_factor(config: TrainConfig, step: int, steps: int) -> float:
+    """Multiple of the learning rate at `step` (from 0) of `steps`.
+
+    A linear warm-up over ceil(warmup_ratio * steps) steps, whose first step already moves, then a
+    decay from 1 towards `min_lr_ratio`, which it would reach at `step == steps` (as transformers').
+    """
+    warmup = math.ceil(config.warmup_ratio * steps)
+    if step < warmup:
+        return (step + 1) / warmup
+    progress = (step - warmup) / max(1, steps - warmup)
+    shape = {
+        "constant": 1.0,
+        "linear": 1.0 - progress,
+        "cosine": 0.5 * (1.0 + math.cos(math.pi * progress)),
+    }[config.lr_scheduler_type]
+    return config.min_lr_ratio + (1.0 - config.min_lr_ratio) * shape
+
+
+class Optimizer:
+    """AdamW over the trainable parameters of `model`; nothing in a step waits for the device.
+
+    16-bit parameters have fp32 masters, into which gradients accumulate too: an update of 1e-6 is
+    below the resolution of a bf16 weight and would be lost. Vectors (norms, biases) do not decay.
+    A step whose loss or gradient is not finite changes nothing and is counted.
+    """
+
+    def __init__(self, model: nn.Module, config: TrainConfig) -> None:
+        self.params = [p for p in model.parameters() if p.requires_grad]
+        if not self.params:
+            raise ValueError("the model has no trainable parameters")
+        self.masters = [p.detach().float() if p.element_size() < 4 else p for p in self.params]
+        pairs = zip(self.params, self.masters, strict=True)
+        self._narrow = [(p, m) for p, m in pairs if p is not m]
+        self._config = config
+        self._adamw = _adamw(self.masters, config)
+        self._fused = bool(self._adamw.defaults["fused"])
+        zero = torch.zeros((), device=self.params[0].device)
+        self._streak, self._worst, self.skipped = zero, zero.clone(), zero.clone()
+
+    def collect(self) -> None:
+        """Takes the gradients of one backward; call it after each micro-batch."""
+        for param, master in self._narrow:
+            if param.grad is None:
+                continue
+            if master.grad is None:
+                master.grad = param.grad.float()
+            else:
+                master.grad += param.grad
+            param.grad = None
+
+    @torch.no_grad()
+    def step(self, loss: Tensor, factor: float) -> tuple[Tensor, Tensor]:
+        """One update at learning_rate * factor from the collected gradients, which are cleared.
+
+        Returns the gradient norm before clipping and whether the step was taken, both 0-d on the
+        device. `loss` (0-d) is only looked at for being finite.
+        """
+        norm = nn.utils.get_total_norm([m.grad for m in self.masters if m.grad is not None])
+        if self._config.max_grad_norm > 0:
+            nn.utils.clip_grads_with_norm_(self.masters, self._config.max_grad_norm, norm)
+        taken = norm.isfinite() & loss.isfinite()
+        for group in self._adamw.param_groups:
+            group["lr"] = self._config.learning_rate * factor
+        if self._fused:
+            self._adamw.found_inf = (~taken).float()
+            self._adamw.step()
+        elif bool(taken):
+            self._adamw.step()
+        self._adamw.zero_grad(set_to_none=True)
+        for param, master in self._narrow:
+            param.copy_(master)
+        skipped = (~taken).float()
+        self.skipped = self.skipped + skipped
+        self._streak = (self._streak + 1) * skipped
+        self._worst = torch.maximum(self._worst, self._streak)
+        return norm, taken
+
+    def check(self) -> None:
+        """Waits for the device; raises UserError if MAX_STREAK steps in a row were not finite."""
+        if float(self._worst) >= MAX_STREAK:
+            raise UserError(
+                f"training diverged: {MAX_STREAK} steps in a row had a loss or gradient that is "
+                f"not finite; lower learning_rate (now {self._config.learning_rate:g})"
+            )
+
+
+def _adamw(params: list[Tensor], config: TrainConfig) -> Any:
+    groups = [
+        {"params": [p for p in params if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in params if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    settings = {"lr": config.learning_rate, "betas": (config.adam_beta1, config.adam_beta2)}
+    try:
+        return torch.optim.AdamW(groups, fused=True, **settings)  # type: ignore[arg-type]
+    except RuntimeError:  # the device has no fused kernel
+        return torch.optim.AdamW(groups, foreach=True, **settings)  # type: ignore[arg-type]

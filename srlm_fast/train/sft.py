@@ -1,0 +1,58 @@
+"""Supervised fine-tuning on response tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from srlm_fast.config import TrainConfig
+from srlm_fast.model.forward import hidden_states, lm_head
+from srlm_fast.model.load import context_length
+from srlm_fast.train.batches import Row, collate, plan_steps, usable_items
+from srlm_fast.train.fit import fit
+from srlm_fast.train.metrics import Log, Micro
+from srlm_kernels import linear_logp
+
+
+def train_sft(
+    model: Any,
+    rows: Sequence[Row],
+    config: TrainConfig,
+    *,
+    seed: int,
+    pad_id: int,
+    log: Log,
+) -> dict[str, Any]:
+    """Trains `model` in place on rows of (prompt ids, response ids).
+
+    The loss of a step is the mean negative log-likelihood over all response tokens of the step
+    (nats); prompt tokens carry none. `log` gets `fit`'s metrics.
+    Returns `fit`'s summary, `rows` trained on and `dropped` by reason. Raises UserError when no row
+    is left or training diverges.
+    """
+    items = [((prompt, response),) for prompt, response in rows]
+    kept, dropped = usable_items(items, config.max_length or context_length(model))
+    device = next(model.parameters()).device
+
+    def step_function(step: int, micros: Sequence[Sequence[int]]) -> Iterator[Micro]:
+        num_targets = sum(len(rows[i][1]) for indices in micros for i in indices)
+        for indices in micros:
+            batch = collate(
+                [rows[i] for i in indices], pad_id=pad_id, layout=config.layout, device=device
+            )
+            hidden = hidden_states(model, batch.input_ids, position_ids=batch.position_ids)
+            head = lm_head(model)
+            logp = linear_logp(
+                hidden.flatten(0, 1),
+                head.weight,
+                batch.target,
+                rows=batch.rows,
+                bias=head.bias,
+                softcap=head.softcap,
+                logit_scale=head.logit_scale,
+            ).logp
+            yield Micro(-logp.sum() / num_targets, len(batch.target), batch.num_tokens)
+
+    plan = plan_steps(items, kept, config, seed)
+    summary = fit(model, config, plan, step_function, log=log, name="sft")
+    return {**summary, "rows": len(kept), "dropped": dict(dropped)}

@@ -1,0 +1,285 @@
+import copy
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.nn.functional import logsigmoid
+
+from srlm_fast.config import PreferenceConfig
+from srlm_fast.errors import UserError
+from srlm_fast.model.weights import frozen_copy
+from srlm_fast.train import preference
+from srlm_fast.train.batches import plan_steps
+from srlm_fast.train.noise import Refinement
+from srlm_fast.train.preference import train_preference
+from srlm_kernels import losses
+
+CONFIG = PreferenceConfig(
+    learning_rate=3e-3,
+    num_train_epochs=2,
+    per_device_train_batch_size=3,
+    logging_steps=1,
+    lr_scheduler_type="constant",
+)
+REFINE = Refinement(alpha=0.3, lam=0.5, k_percent=40.0, window=6)
+
+
+@pytest.fixture
+def train(make_model, pairs):
+    def run(config=CONFIG, refine=None, *, dtype=torch.float64, data=pairs, seed=0):
+        model = make_model(dtype=dtype)
+        logs = []
+        summary = train_preference(
+            model,
+            frozen_copy(model),
+            data,
+            config,
+            refine=refine,
+            seed=seed,
+            pad_id=0,
+            log=logs.append,
+        )
+        weights = torch.cat([p.detach().flatten() for p in model.parameters()])
+        return weights, summary, logs
+
+    return run
+
+
+@pytest.fixture
+def plain_weights(make_model, pairs):
+    """Training written from the papers' formulas: full logits, one pair at a time, plain AdamW."""
+
+    def logits(model, prompt, response):
+        ids = torch.tensor([[*prompt, *response]])
+        return model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1]
+
+    def pick(logits, response):
+        return logits.log_softmax(-1)[torch.arange(len(response)), list(response)].sum()
+
+    def run(plan, *, alphas=None, lam=0.0, window=0, k=0.0, rpo_alpha=0.0, beta=0.1):
+        model = make_model()
+        reference = copy.deepcopy(model)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.0, foreach=False)
+        seen, flags = [], {}
+        for step, indices in enumerate(plan):
+            tau = sorted(seen[-window:])[int(window * k)] if 0 < window <= len(seen) else 0.0
+            alpha, total = alphas[step] if alphas else 0.0, 0.0
+            for i in indices:
+                pair, sides = pairs[i], []
+                for response in (pair.chosen_ids, pair.rejected_ids):
+                    policy, ref = (logits(m, pair.prompt_ids, response) for m in (model, reference))
+                    mixed = (1 + lam) * policy - lam * ref
+                    logp, ref, ext = (pick(z, response) for z in (policy, ref, mixed))
+                    sides.append((logp - ref.detach(), (ext - ref).detach(), logp / len(response)))
+                margin = beta * (sides[0][0] - sides[1][0])
+                ext_margin = beta * (sides[0][1] - sides[1][1]).item()
+                seen.append(ext_margin)
+                z = float(ext_margin < tau)
+                if alpha:
+                    flags[i] = bool(z)
+                total = total - (1 - alpha * z) * logsigmoid(margin)
+                total = total - alpha * z * logsigmoid(-margin) - rpo_alpha * sides[0][2]
+            (total / len(indices)).backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+        return torch.cat([p.detach().flatten() for p in model.parameters()]), flags
+
+    return run
+
+
+@pytest.fixture
+def plan(pairs):
+    """The optimiser steps of CONFIG at seed 0, in the order in which pairs are seen."""
+    items = [((p.prompt_ids, p.chosen_ids), (p.prompt_ids, p.rejected_ids)) for p in pairs]
+    steps = plan_steps(items, range(len(items)), CONFIG, seed=0)
+    return [[i for micro in step for i in micro] for step in steps]
+
+
+@pytest.mark.parametrize("rpo_alpha", [0.0, 0.3])
+def test_dpo_training_is_the_papers_formula(train, plain_weights, plan, rpo_alpha):
+    """A known defect elsewhere: log-probs neither shifted nor summed."""
+    weights, _, _ = train(replace(CONFIG, rpo_alpha=rpo_alpha))
+    expected, _ = plain_weights(plan, rpo_alpha=rpo_alpha)
+    torch.testing.assert_close(weights, expected, atol=1e-9, rtol=0)
+
+
+@pytest.mark.parametrize("lam", [0.0, 4.0])
+def test_spa_training_is_the_papers_formula(train, plain_weights, plan, lam):
+    """Refined loss with decoupled flags; lambda 0 is plain self-refinement."""
+    weights, summary, _ = train(refine=replace(REFINE, lam=lam))
+    alphas = [0.0, 0.0, *[0.3] * 6]  # off in the first 20 % of 8 steps
+    expected, flags = plain_weights(plan, alphas=alphas, lam=lam, window=6, k=0.4)
+    torch.testing.assert_close(weights, expected, atol=1e-9, rtol=0)
+    assert summary["flags"] == [flags.get(i) for i in range(12)]
+    assert {True, False} <= set(summary["flags"])
+
+
+@pytest.mark.parametrize("tau", ["window", "dataset", "official"])
+def test_alpha_zero_is_dpo_bit_for_bit(train, tau):
+    plain, _, _ = train(dtype=torch.float32)
+    refined, summary, _ = train(refine=replace(REFINE, alpha=0.0, tau=tau), dtype=torch.float32)
+    assert torch.equal(plain, refined)
+    assert summary["flags"] == [None] * 12
+
+
+def test_lambda_zero_is_plain_self_refinement_bit_for_bit(train, monkeypatch):
+    """The same run with the detector reading the policy's own margins instead."""
+    zero, summary, _ = train(refine=replace(REFINE, lam=0.0), dtype=torch.float32)
+    op = preference.linear_preference_loss
+
+    def without_extrapolation(*args, extrapolation, **kwargs):
+        return op(*args, extrapolation=None, **kwargs)
+
+    monkeypatch.setattr(preference, "linear_preference_loss", without_extrapolation)
+    plain, other, _ = train(refine=REFINE, dtype=torch.float32)
+    assert torch.equal(zero, plain)
+    assert summary["flags"] == other["flags"]
+
+
+def test_decoupling_changes_the_flags(train):
+    """Guards against lambda being ignored, as in the authors' shipped configuration."""
+    flags = [train(refine=replace(REFINE, lam=lam))[1]["flags"] for lam in (0.0, 4.0)]
+    assert flags[0] != flags[1]
+
+
+@pytest.mark.parametrize("refine", [None, REFINE, replace(REFINE, tau="dataset", interval=2)])
+@pytest.mark.parametrize(("layout", "micro"), [("packed", 0), ("padded", 2)])
+def test_layout_and_accumulation_do_not_change_the_training(train, refine, layout, micro):
+    whole, summary, _ = train(refine=refine)
+    other, again, _ = train(replace(CONFIG, layout=layout, micro_batch_size=micro), refine)
+    torch.testing.assert_close(other, whole, atol=1e-10, rtol=0)
+    assert again.get("flags") == summary.get("flags")
+
+
+def test_first_loss_is_ln_2_and_first_margin_exactly_0(train):
+    one_step = replace(CONFIG, num_train_epochs=1, per_device_train_batch_size=12)
+    for config in (one_step, replace(one_step, layout="packed", micro_batch_size=5)):
+        _, summary, logs = train(config, dtype=torch.float32)
+        assert summary["loss_first"] == pytest.approx(math.log(2), abs=1e-6)
+        assert logs[0]["rewards/margins"] == 0.0 and logs[0]["rewards/chosen"] == 0.0
+
+
+def test_a_reference_that_is_not_the_start_is_found_before_any_update(make_model, pairs):
+    model, reference = make_model(), frozen_copy(make_model())
+    with torch.no_grad():
+        reference.model.layers[0].mlp.up_proj.weight[0, 0] += 1e-9
+    before = copy.deepcopy(model.state_dict())
+    arguments = {"seed": 0, "pad_id": 0, "log": lambda row: None}
+    with pytest.raises(RuntimeError, match="margin of the first step is"):
+        train_preference(model, reference, pairs, CONFIG, **arguments)
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    train_preference(model, reference, pairs, CONFIG, reference_is_start=False, **arguments)
+
+
+def test_a_broken_model_is_told_from_a_wrong_reference(make_model, pairs):
+    model = make_model()
+    with torch.no_grad():
+        model.model.norm.weight[0] = math.nan
+    with pytest.raises(RuntimeError, match="not finite, before any training"):
+        train_preference(
+            model, frozen_copy(model), pairs, CONFIG, seed=0, pad_id=0, log=lambda row: None
+        )
+
+
+def test_a_wrong_loss_is_found_at_the_first_step(train, monkeypatch):
+    monkeypatch.setattr(losses.dpo, "__call__", lambda self, s: -2 * logsigmoid(s.margin))
+    with pytest.raises(RuntimeError, match="differs from ln 2"):
+        train(CONFIG)
+
+
+def test_metrics_are_trls_and_their_values_those_of_the_models(
+    train, make_model, pairs, response_logps
+):
+    config = replace(CONFIG, num_train_epochs=1, per_device_train_batch_size=12)
+    _, summary, (row,) = train(config, REFINE)
+    names = "loss grad_norm learning_rate epoch step num_tokens logps/chosen logps/rejected "
+    names += "rewards/chosen rewards/rejected rewards/accuracies rewards/margins "
+    names += "spa/tau spa/flagged_share spa/extrapolated_margin"
+    assert set(row) == set(names.split())
+    model = make_model()
+    with torch.no_grad():
+        chosen = [response_logps(model, p.prompt_ids, p.chosen_ids).sum().item() for p in pairs]
+    assert row["logps/chosen"] == pytest.approx(sum(chosen) / 12, rel=1e-5)
+    lengths = [2 * len(p.prompt_ids) + len(p.chosen_ids) + len(p.rejected_ids) for p in pairs]
+    assert row["num_tokens"] == sum(lengths)
+    assert row["rewards/accuracies"] == 0.0 and summary["pairs"] == 12
+
+
+def test_summary_tells_displacement_in_nats_over_the_last_quarter(train):
+    _, summary, logs = train()
+    late = logs[6:]  # of 8
+    for key, metric, unit in [
+        ("margins", "rewards/margins", 1.0),
+        ("accuracies", "rewards/accuracies", 1.0),
+        ("chosen_logp_change", "rewards/chosen", CONFIG.beta),
+        ("rejected_logp_change", "rewards/rejected", CONFIG.beta),
+    ]:
+        assert summary[key] == pytest.approx(
+            sum(r[metric] for r in late) / len(late) / unit, rel=1e-5
+        )
+    assert summary["accuracies"] > 0.5 and summary["loss_last"] < summary["loss_first"]
+    assert summary["chosen_logp_change"] > summary["rejected_logp_change"]
+
+
+def test_the_reference_is_never_touched(make_model, pairs):
+    model = make_model()
+    reference = frozen_copy(model)
+    before = copy.deepcopy(reference.state_dict())
+    train_preference(
+        model, reference, pairs, CONFIG, refine=REFINE, seed=0, pad_id=0, log=lambda row: None
+    )
+    assert all(torch.equal(before[name], value) for name, value in reference.state_dict().items())
+    assert all(p.grad is None for m in (model, reference) for p in m.parameters())
+
+
+def test_two_runs_are_equal_bit_for_bit(train):
+    runs = [train(refine=REFINE, dtype=torch.float32, seed=seed) for seed in (4, 4, 5)]
+    assert torch.equal(runs[0][0], runs[1][0]) and runs[0][1:] == runs[1][1:]
+    assert not torch.equal(runs[0][0], runs[2][0])
+
+
+def test_bf16_trains_from_an_exact_start(train):
+    _, summary, _ = train(replace(CONFIG, learning_rate=1e-3), REFINE, dtype=torch.bfloat16)
+    assert summary["loss_first"] == pytest.approx(math.log(2), abs=1e-6)
+    assert summary["loss_last"] < summary["loss_first"]
+
+
+def test_every_loss_type_trains(train):
+    config = replace(CONFIG, num_train_epochs=2, per_device_train_batch_size=12)
+    for name in losses.LOSSES:
+        _, summary, _ = train(replace(config, loss_type=name))
+        assert math.isfinite(summary["loss_last"]) and summary["skipped_steps"] == 0
+
+
+def test_identical_responses_give_no_gradient_but_are_allowed(train, pairs):
+    same = [replace(p, rejected_ids=p.chosen_ids) for p in pairs]
+    _, summary, logs = train(data=same)
+    assert summary["margins"] == 0.0
+    assert all(row["grad_norm"] < 1e-12 for row in logs)
+
+
+def test_dropped_pairs_are_counted_and_have_no_flag(train, pairs):
+    data = [replace(pairs[0], chosen_ids=(5,) * 40), *pairs[1:]]
+    _, summary, _ = train(replace(CONFIG, max_length=20), REFINE, data=data)
+    assert summary["pairs"] == 11 and summary["dropped"] == {"too_long": 1}
+    assert summary["flags"][0] is None and len(summary["flags"]) == 12
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"loss_type": "sigmod"}, "unknown preference.loss_type 'sigmod'.*sigmoid"),
+        ({"beta": 0.0}, "beta must be positive"),
+        ({"max_length": 2}, "all 12 training rows were dropped"),
+    ],
+)
+def test_user_mistakes_are_one_sentence(train, change, message):
+    with pytest.raises(UserError, match=message):
+        train(replace(CONFIG, **change))
+
+
+def test_no_pairs_is_a_user_error(train):
+    with pytest.raises(UserError, match="empty"):
+        train(data=[])

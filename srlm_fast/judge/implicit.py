@@ -1,0 +1,68 @@
+"""Direct preference judgment: the implicit reward of the policy itself (SPA equation 7)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from srlm_fast.data.records import Judgement, Prompt, Sample, Vote
+from srlm_fast.sampler import Sampler
+
+
+class ImplicitJudge:
+    """Scores log pi(y|x) - log pi_init(y|x), in nats, summed over the response ids as sampled.
+
+    Without beta: the order is the same (papers.md 1.5, number 5). Both terms are rescored by
+    `Sampler.score`, the policy's too, so that they share one numerical path (number 11). Without a
+    `reference` the score is log pi(y|x). What is longer than the model's context is not scored.
+    """
+
+    name = "implicit"
+
+    def __init__(self, policy: Sampler, reference: Sampler | None) -> None:
+        self.policy = policy
+        self.reference = reference
+
+    def score(
+        self, prompts: Sequence[Prompt], candidates: Sequence[Sequence[Sample]]
+    ) -> list[list[Judgement]]:
+        """The implicit reward of each candidate."""
+        if len(prompts) != len(candidates):
+            raise ValueError(f"{len(prompts)} prompts but {len(candidates)} groups of candidates")
+        scored = [[sample for sample in group if self._fits(sample)] for group in candidates]
+        policy = iter(_sequence_logp(self.policy, scored))
+        init = iter(_sequence_logp(self.reference, scored)) if self.reference else None
+        return [
+            [
+                _reward(next(policy), next(init) if init else None)
+                if self._fits(sample)
+                else Judgement(None, invalid="longer than the context")
+                for sample in group
+            ]
+            for group in candidates
+        ]
+
+    def _fits(self, sample: Sample) -> bool:
+        length = len(sample.prompt_ids) + len(sample.response_ids)
+        return length <= self.policy.context
+
+
+def _sequence_logp(sampler: Sampler, candidates: Sequence[Sequence[Sample]]) -> list[float]:
+    """Summed log-prob of every candidate, flat, in order; sums in float64."""
+    groups = [group for group in candidates if group]
+    if not groups:
+        return []
+    logps = sampler.score(
+        [list(group[0].prompt_ids) for group in groups],
+        [[list(sample.response_ids) for sample in group] for group in groups],
+        progress="judging",
+    )
+    return [token_logp.double().sum().item() for group in logps for token_logp in group]
+
+
+def _reward(policy: float, init: float | None) -> Judgement:
+    score = policy if init is None else policy - init
+    text = f"log pi={policy:.4f}" + ("" if init is None else f" log pi_init={init:.4f}")
+    if not math.isfinite(score):
+        return Judgement(None, (Vote(text, None, "not finite"),), "not finite")
+    return Judgement(score, (Vote(text, score),))

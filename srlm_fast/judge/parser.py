@@ -1,0 +1,59 @@
+"""Reads the score out of a judge's generated text.
+
+The last verdict counts, since a justification may mention scores before it concludes. Only what
+the judge generated may be given here: the judge prompt holds the response under judgement, which
+could spell a score of its own.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import deque
+
+MAX_SCORE = 5.0
+NO_SCORE = "no score"
+OUT_OF_RANGE = "out of range"
+
+_SCORE = re.compile(
+    r"""
+    (?: (?<![a-z0-9]) score | 得分 )
+    [\s*_"'`\u201d\u2019]*+                              # closing quote or bold
+    (?: \( [^()\n]{0,20} \) [\s*_]*+ )?                  # "Score (0-5):"
+    [:\uff1a]
+    [\s*_"'`\u201c\u201d\u2018\u2019<\[({$]*+            # opening quote, bold or bracket
+    (?P<value> [+\-\u2212]? \d+ (?: [.,] \d+ )? )        # all digits: 10 must not be read as 1
+    (?P<range> [-\u2013~] \d )?
+    (?: [\s*_]*+ (?: / | out\ of ) \s* (?P<scale> \d+ ) )?
+    """,
+    re.VERBOSE | re.IGNORECASE,
+)
+
+
+def parse_score(text: str) -> tuple[float | None, str | None]:
+    """The score of the last `Score: <number>` in `text`, or None and the reason.
+
+    Case, markdown, quotes, brackets, `4/5`, `4 out of 5`, decimals, a full-width colon and 得分 for
+    "Score" are tolerated. A last verdict below 0 or above 5, on another scale (`4/10`) or naming a
+    range (`0-5`) is "out of range": no earlier verdict stands in for it. Without any verdict the
+    reason is "no score". Reference: papers.md section 3, "score regex".
+    """
+    match = _last_verdict(text)
+    if match is None:
+        return None, NO_SCORE
+    score = float(match["value"].replace(",", ".").replace("\u2212", "-"))
+    other_scale = match["scale"] is not None and float(match["scale"]) != MAX_SCORE
+    if other_scale or match["range"] or not 0.0 <= score <= MAX_SCORE:
+        return None, OUT_OF_RANGE
+    return score, None
+
+
+def through_score_line(text: str) -> str:
+    """`text` up to the end of the line that holds its last verdict; all of it without one."""
+    match = _last_verdict(text)
+    end = text.find("\n", match.end()) if match else -1
+    return text if end < 0 else text[:end]
+
+
+def _last_verdict(text: str) -> re.Match[str] | None:
+    last = deque(_SCORE.finditer(text), maxlen=1)
+    return last[0] if last else None

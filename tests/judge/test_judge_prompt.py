@@ -1,0 +1,69 @@
+from pathlib import Path
+
+import pytest
+
+from srlm_fast.data.records import Message, user
+from srlm_fast.errors import UserError
+from srlm_fast.judge.judge_prompt import JudgePrompt, judge_prompt_names, load_judge_prompt
+
+REFERENCE = Path(__file__).parents[3] / "shared" / "reference" / "judge_prompt.md"
+BOTH = JudgePrompt("test", "Q <INSTRUCTION_HERE> A <RESPONSE_HERE>")
+
+
+def test_shipped_prompts_load():
+    assert judge_prompt_names() == ["additive", "additive_score_only", "sandbox"]
+    for name in judge_prompt_names():
+        assert "Score:" in load_judge_prompt(name).text
+
+
+def test_additive_is_verbatim():
+    if not REFERENCE.is_file():
+        pytest.skip(f"the specification {REFERENCE} is not here")
+    assert (
+        load_judge_prompt("additive").text + "\n" == REFERENCE.read_text("utf-8").split("```\n")[1]
+    )
+
+
+def test_score_only_is_short():
+    assert len(load_judge_prompt("additive_score_only").text.split()) < 120
+
+
+def test_sandbox_is_one_line_of_single_spaced_words():
+    text = load_judge_prompt("sandbox").text
+    assert text == " ".join(text.split())
+
+
+def test_fill_takes_the_last_user_turn():
+    prompt = (Message("user", "first"), Message("assistant", "hm"), Message("user", "last"))
+    assert BOTH.fill(prompt, "reply") == user("Q last A reply")
+
+
+def test_placeholders_inside_the_values_stay():
+    filled = BOTH.fill(user("say <RESPONSE_HERE>"), r"<INSTRUCTION_HERE> \1")
+    assert filled == user(r"Q say <RESPONSE_HERE> A <INSTRUCTION_HERE> \1")
+
+
+def test_user_file(tmp_path):
+    path = tmp_path / "mine.txt"
+    path.write_text("Note <RESPONSE_HERE> for <INSTRUCTION_HERE>\n")
+    assert load_judge_prompt(str(path)).fill(user("q"), "r") == user("Note r for q")
+
+
+@pytest.mark.parametrize("missing", ["<INSTRUCTION_HERE>", "<RESPONSE_HERE>"])
+def test_missing_placeholder(tmp_path, missing):
+    path = tmp_path / "mine.txt"
+    path.write_text("<INSTRUCTION_HERE> <RESPONSE_HERE>".replace(missing, ""))
+    with pytest.raises(UserError, match=missing):
+        load_judge_prompt(str(path))
+
+
+def test_unknown_name_gives_the_nearest():
+    with pytest.raises(UserError, match="did you mean additive"):
+        load_judge_prompt("aditive")
+    with pytest.raises(UserError, match="known are additive, "):
+        load_judge_prompt("xyzzy")
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(UserError, match="does not exist"):
+        load_judge_prompt(str(tmp_path / "nothing.txt"))

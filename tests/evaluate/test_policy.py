@@ -1,0 +1,137 @@
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+
+from srlm_fast.config import Config, EvaluateConfig
+from srlm_fast.data.records import Judgement, Pair, Preference, RankedGroup, Vote, user
+from srlm_fast.data.task import Task
+from srlm_fast.evaluate.policy import evaluate_model
+
+CONFIG = replace(
+    Config(), evaluate=EvaluateConfig(num_prompts=2, num_samples=2, num_judge_groups=1)
+)
+PROMPTS = [user("one"), user("two"), user("three")]
+
+
+class LengthJudge:
+    """Scores a response by its length; cannot score empty ones."""
+
+    name = "length"
+
+    def score(self, prompts, candidates):
+        assert [group[0].prompt for group in candidates] == list(prompts)
+        return [[self._judge(s.response) for s in group] for group in candidates]
+
+    def _judge(self, text):
+        score = float(len(text)) if text else None
+        return Judgement(score, (Vote(text, score, None if text else "empty"),))
+
+
+@pytest.fixture
+def model(make_sample):
+    """model(sampled, greedy): a `draw` that gives these texts for every prompt."""
+
+    def make(sampled, greedy="greedy"):
+        def draw(prompts, *, n, temperature, top_p):
+            if temperature:
+                assert (n, temperature, top_p) == (2, 0.7, 0.9)
+                texts = sampled
+            else:
+                texts = [greedy]
+            samples = [
+                replace(make_sample(t), prompt=p, index=i)
+                for p in prompts
+                for i, t in enumerate(texts)
+            ]
+            return samples, Counter({"prompt too long": 0})
+
+        return draw
+
+    return make
+
+
+@pytest.fixture
+def evaluate(make_sample):
+    def as_samples(prompt, responses):
+        return [replace(make_sample(r), prompt=prompt, index=i) for i, r in enumerate(responses)]
+
+    def run(draw, task, **options):
+        return evaluate_model(
+            "M2", round=1, draw=draw, as_samples=as_samples, task=task, config=CONFIG, **options
+        )
+
+    return run
+
+
+def letters(prompt, response):
+    return {"a": int("a" in response), "b": int("b" in response)}
+
+
+def test_oracle_scores_samples_and_greedy_of_the_first_prompts(evaluate, model):
+    task = Task("toy", test_prompts=PROMPTS, oracle=letters)
+    metrics, samples = evaluate(model(["ab", "a"], greedy="b"), task)
+    assert [s.prompt for s in samples] == [PROMPTS[0]] * 2 + [PROMPTS[1]] * 2
+    assert (metrics["oracle_score"], metrics["greedy_oracle_score"]) == (1.5, 1.0)
+    assert metrics["criteria"] == {"a": 1.0, "b": 0.5}
+    assert metrics["mean_length"] == 1.5
+    assert (metrics["name"], metrics["round"], metrics["test_prompts"]) == ("M2", 1, 2)
+    assert metrics["test_prompts_dropped"] == {}
+    for key in ("win_rate", "judge", "judge_score", "preference_accuracy", "label_accuracy"):
+        assert metrics[key] is None, key
+
+
+def test_win_rate_by_the_oracle_says_so(evaluate, model):
+    task = Task("toy", test_prompts=PROMPTS, oracle=letters)
+    _, before = evaluate(model(["a", "c"]), task)
+    metrics, _ = evaluate(model(["ab", "c"]), task, judge=LengthJudge(), previous=("M1", before))
+    wins = metrics["win_rate"]
+    assert (wins["win"], wins["against"], wins["judged_by"]) == (1.0, "M1", "oracle")
+
+
+def test_without_oracle_one_judge_scores_both_models(evaluate, model):
+    task = Task("toy", test_prompts=PROMPTS)
+    _, before = evaluate(model(["long answer", "x"]), task)
+    metrics, _ = evaluate(model(["y", "z"]), task, judge=LengthJudge(), previous=("M1", before))
+    assert (metrics["judge_score"], metrics["judge_se"]) == (1.0, 0.0)
+    wins = metrics["win_rate"]
+    assert (wins["lose"], wins["judged_by"]) == (1.0, "length")
+    assert metrics["oracle_score"] is metrics["greedy_oracle_score"] is metrics["criteria"] is None
+
+
+def test_with_neither_oracle_nor_judge_there_is_no_winner(evaluate, model):
+    task = Task("toy", test_prompts=PROMPTS)
+    _, before = evaluate(model(["a", "b"]), task)
+    metrics, _ = evaluate(model(["c", "d"]), task, previous=("M1", before))
+    assert metrics["win_rate"] is metrics["judged_by"] is metrics["judge_score"] is None
+    assert metrics["mean_length"] == 1.0
+
+
+def test_judge_agreement_uses_the_first_groups_and_counts_the_unparsable(evaluate, model):
+    groups = [
+        RankedGroup(user("q"), ("long one", "mid", "x", ""), (0, 1, 2, 3)),
+        RankedGroup(user("r"), ("x", "long one"), (0, 1)),
+    ]
+    task = Task("toy", test_prompts=PROMPTS, judge_test=groups)
+    judge = evaluate(model(["a", "b"]), task, judge=LengthJudge())[0]["judge"]
+    assert judge["judge"] == "length"
+    assert (judge["prompts"], judge["pairs"], judge["unscored"]) == (1, 3, 1)
+    assert judge["pairwise_accuracy"]["wrong"] == 1.0
+    assert judge["parsed_share"] == 0.75
+    assert judge["invalid"] == {"empty": 1}
+
+
+def test_preference_accuracy_gives_a_tie_half_credit(evaluate, model):
+    pairs = [Preference(user("q"), c, r) for c, r in [("long", "x"), ("aa", "bb"), ("x", "long")]]
+    task = Task("toy", test_prompts=PROMPTS, test_pairs=pairs)
+    metrics, _ = evaluate(model(["a", "b"]), task, implicit=LengthJudge())
+    assert metrics["preference_accuracy"] == 0.5
+    assert metrics["judge"] is None
+
+
+def test_labels_of_the_training_pairs_are_checked_by_the_oracle(evaluate, model):
+    pairs = [Pair(user("q"), (1,), c, (2,), "c", (3,), None, None, 1) for c in ("ab", "d")]
+    task = Task("toy", test_prompts=PROMPTS, oracle=letters)
+    metrics, _ = evaluate(model(["a", "b"]), task, pairs=pairs)
+    assert metrics["label_accuracy"] == 1.0
+    assert metrics["labels"]["equal"] == 0.5

@@ -1,0 +1,112 @@
+"""A run, from a checked configuration to its summary and report."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+from srlm_fast.config import Config
+from srlm_fast.data.files import task_from_files
+from srlm_fast.data.jsonl import write_json, write_text
+from srlm_fast.data.task import Task
+from srlm_fast.data.template import ChatTemplate
+from srlm_fast.errors import UserError
+from srlm_fast.evaluate.report import render_report
+from srlm_fast.evaluate.table import summary_table
+from srlm_fast.judge.judge_prompt import load_judge_prompt
+from srlm_fast.model.load import load_tokenizer, resolve_device, resolve_folder
+from srlm_fast.prompts.task_list import load_task_list
+from srlm_fast.rounds.engine import Engine
+from srlm_fast.rounds.manifest import Run
+from srlm_fast.rounds.spa import spread_preference_annotation
+from srlm_fast.rounds.srlm import self_rewarding
+from srlm_fast.rounds.summary import summarise
+from srlm_fast.sandbox.pretrain import make_base_model
+from srlm_fast.sandbox.task import make_task
+from srlm_kernels.losses import LOSSES
+
+METHODS: dict[str, Callable[[Engine, Task], None]] = {
+    "srlm": self_rewarding,
+    "spa": spread_preference_annotation,
+}
+
+
+@dataclass(frozen=True)
+class Job:
+    """What passed its checks: the configuration, the data, and the model to start from.
+
+    folder: of the start model; None where the sandbox makes it inside the run.
+    """
+
+    config: Config
+    task: Task
+    folder: Path | None
+
+
+def prepare(config: Config) -> Job:
+    """Check all that can be checked before the run starts. Raises UserError."""
+    if config.preference.loss_type not in LOSSES:
+        known = ", ".join(LOSSES)
+        raise UserError(f"unknown preference.loss_type; known are {known}")
+    if config.method == "spa" and config.preference.loss_type != "sigmoid":
+        raise UserError("method spa refines the DPO loss; set preference.loss_type to sigmoid")
+    if config.method == "spa" and config.judge.kind in ("prompted", "expected"):
+        load_judge_prompt(config.judge.prompt)
+    if config.method == "srlm":
+        load_judge_prompt(config.judge.prompt)
+        if config.prompts.source == "self_instruct":
+            load_task_list(config.prompts.template)
+    resolve_device(config.device)
+    folder = None
+    if config.model:
+        folder = resolve_folder(config.model)
+        ChatTemplate(load_tokenizer(str(folder)), config.template)
+    task = task_from_files(config) if config.model else make_task(config)
+    if config.prompts.source == "dataset" and not task.prompts:
+        raise UserError("prompts.source is dataset, but there are none; give --data.prompts")
+    return Job(config, task, folder)
+
+
+def execute(job: Job, run: Run) -> str:
+    """Run (or go on with) a job in its folder; returns the table of its models."""
+    config = job.config
+    if config.num_threads:
+        torch.set_num_threads(config.num_threads)
+    folder = job.folder or _sandbox_model(config, run)
+    engine = Engine(run, folder)
+    METHODS[config.method](engine, job.task)
+    summary = summarise(run, job.task)
+    write_json(run.folder / "summary.json", summary)
+    write_text(run.folder / "report.html", render_report(run.folder))
+    return summary_table(summary)
+
+
+def versions() -> dict[str, str]:
+    """What a result depends on besides its configuration."""
+    names = ("torch", "transformers", "tokenizers", "safetensors", "srlm-fast")
+    found = {"python": platform.python_version(), "machine": platform.machine()}
+    for name in names:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def _sandbox_model(config: Config, run: Run) -> Path:
+    made: list[Path] = []
+
+    def make() -> dict[str, str]:
+        made.append(
+            make_base_model(config.sandbox, seed=config.seed, num_threads=config.num_threads)
+        )
+        return {"model": made[0].name}
+
+    run.result("pretrain", make)
+    # A resumed run finds it in the cache, or makes the same again.
+    return made[0] if made else make_base_model(config.sandbox, seed=config.seed)

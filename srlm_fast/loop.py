@@ -1,0 +1,117 @@
+"""The command line: `python -m srlm_fast.loop [--recipe R] [--model M] [--out DIR] ...`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+
+from srlm_fast.config import Config, load_config, recipe_names, to_yaml
+from srlm_fast.errors import UserError
+
+RUNS = Path("runs")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a recipe. Exit code 0, 2 for a mistake before the run starts, 1 inside it, 130 Ctrl-C."""
+    args, overrides = _parse(sys.argv[1:] if argv is None else list(argv))
+    started = False
+    try:
+        folder, config = _open(args, overrides)
+        if args.print_config:
+            print(to_yaml(config), end="")
+            return 0
+        # Heavy imports come late, so that a wrong word on the command line answers at once.
+        from srlm_fast.job import execute, prepare, versions
+        from srlm_fast.rounds.manifest import Run
+        from srlm_fast.rounds.plan import plan
+
+        job = prepare(config)
+        if args.dry_run:
+            print(plan(job.config, job.task, job.folder))
+            return 0
+        run = Run(folder, config, versions())
+        started = True
+        print(execute(job, run))
+        print(f"report: {folder / 'report.html'}")
+        return 0
+    except UserError as error:
+        if args.debug:
+            traceback.print_exc()
+        print(f"srlm_fast: {error}", file=sys.stderr)
+        return 1 if started else 2
+    except KeyboardInterrupt:
+        hint = f"; go on with --resume --out {folder}" if started else ""
+        print(f"\nsrlm_fast: stopped{hint}", file=sys.stderr)
+        return 130
+
+
+def _parse(argv: list[str]) -> tuple[argparse.Namespace, dict[str, str]]:
+    parser = argparse.ArgumentParser(
+        prog="python -m srlm_fast.loop",
+        description="Self-improving preference training of a causal LM: SRLM or SPA.",
+        epilog="Any setting can be given as --dotted.key value; --print-config shows them all.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--recipe", default="", help=f"{', '.join(recipe_names())}, or a YAML file")
+    parser.add_argument("--model", help="HF folder or hub id (default: the sandbox's own)")
+    parser.add_argument("--out", type=Path, help="run folder (default: runs/<recipe>-<time>)")
+    parser.add_argument("--resume", action="store_true", help="go on with --out, or the latest run")
+    parser.add_argument("--print-config", action="store_true", help="print the settings and stop")
+    parser.add_argument("--dry-run", action="store_true", help="print the plan and stop")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    args, rest = parser.parse_known_args(argv)
+    overrides: dict[str, str] = {} if args.model is None else {"model": args.model}
+    while rest:
+        key, equals, value = rest.pop(0).partition("=")
+        if not key.startswith("--"):
+            parser.error(f"{key!r} is not an option; settings are given as --key value")
+        if not equals:
+            if not rest or rest[0].startswith("--"):
+                parser.error(f"{key} needs a value")
+            value = rest.pop(0)
+        overrides[key[2:]] = value
+    return args, overrides
+
+
+def _open(args: argparse.Namespace, overrides: dict[str, str]) -> tuple[Path, Config]:
+    """The run folder and its configuration, new or stored."""
+    if args.resume:
+        folder = args.out or _latest()
+        stored = folder / "config.yaml"
+        if not stored.is_file():
+            raise UserError(f"{folder} holds no run to resume; check --out, or drop --resume")
+        config = load_config(str(stored))
+        if (args.recipe or overrides) and load_config(
+            args.recipe or str(stored), overrides
+        ) != config:
+            raise UserError(
+                f"these settings differ from those of {folder}; drop them, or drop --resume"
+            )
+        return folder, config
+    recipe = args.recipe or "sandbox-srlm"
+    config = load_config(recipe, overrides)
+    if not config.model and not recipe.startswith("sandbox") and not args.print_config:
+        raise UserError(f"recipe {recipe} needs --model: a HuggingFace model folder or hub id")
+    name = f"{Path(recipe).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+    folder = args.out or RUNS / name
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(
+            f"{folder} already exists; add --resume to go on with it, or choose another --out"
+        )
+    return folder, config
+
+
+def _latest() -> Path:
+    runs = list(RUNS.glob("*/config.yaml")) if RUNS.is_dir() else []
+    if not runs:
+        raise UserError(f"there is no run in {RUNS}/ to resume; give --out")
+    return max(runs, key=os.path.getmtime).parent
+
+
+if __name__ == "__main__":
+    sys.exit(main())

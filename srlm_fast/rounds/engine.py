@@ -1,0 +1,216 @@
+"""The one resident model, and the things that run on it.
+
+Sampling, judging and training all use `engine.model`, the same module with the same tensors; a
+stage that trains changes it in place. Only references are other copies.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from srlm_fast.data.records import Example, Pair, Preference, Prompt, Sample
+from srlm_fast.data.template import ChatTemplate
+from srlm_fast.errors import UserError
+from srlm_fast.judge.base import Judge
+from srlm_fast.judge.controls import LongestJudge, RandomJudge
+from srlm_fast.judge.expected import ExpectedJudge
+from srlm_fast.judge.implicit import ImplicitJudge
+from srlm_fast.judge.prompted import PromptedJudge
+from srlm_fast.model.load import (
+    context_length,
+    eos_token_ids,
+    load_model,
+    load_tokenizer,
+    resolve_device,
+)
+from srlm_fast.model.weights import frozen_copy, load_weights, save_model
+from srlm_fast.rounds.manifest import Run
+from srlm_fast.sampler import Sampler, SamplingParams
+from srlm_fast.train.noise import Refinement
+from srlm_fast.train.preference import train_preference
+from srlm_fast.train.sft import train_sft
+
+Tokens = tuple[list[int], list[int]]  # prompt ids, response ids
+
+
+class Engine:
+    """The resident policy with its tokenizer, template and sampler.
+
+    folder: HF folder of the model that the run starts from (SRLM's M0, SPA's pi_init).
+    """
+
+    def __init__(self, run: Run, folder: Path) -> None:
+        self.run, self.config = run, run.config
+        self.base = folder
+        self.model = load_model(
+            str(folder), device=resolve_device(self.config.device), dtype=self.config.dtype
+        )
+        self.tokenizer = load_tokenizer(str(folder))
+        self.template = ChatTemplate(
+            self.tokenizer, self.config.template, eos_token_ids(self.model, self.tokenizer)
+        )
+        self.sampler = Sampler(self.model, self.tokenizer, eos_ids=self.template.eos_ids)
+        self.context = context_length(self.model)
+
+    def folder(self, name: str) -> Path:
+        """The HF folder of a model of this run."""
+        return self.run.folder / "models" / name
+
+    def use(self, folder: Path) -> None:
+        """Put the weights of `folder` into the resident model, in place."""
+        load_weights(self.model, folder)
+
+    def sft(self, name: str, examples: Sequence[Example]) -> None:
+        """Fine-tune the resident model on `examples` into model `name` (papers.md 2.4)."""
+
+        def train() -> dict[str, Any]:
+            rows = [self._tokens(e.prompt, e.response) for e in examples]
+            return train_sft(
+                self.model,
+                rows,
+                self._fit(self.config.sft),
+                seed=self.run.seed(name),
+                pad_id=self.template.pad_id,
+                log=self.run.logger(f"train/{name}"),
+            )
+
+        self._become(name, train)
+
+    def dpo(
+        self,
+        name: str,
+        pairs: Sequence[Pair],
+        *,
+        fixed: Path,
+        refine: Refinement | None = None,
+        **changes: Any,
+    ) -> None:
+        """Train the resident model on `pairs` into model `name`, against its own start.
+
+        fixed: the reference instead, where the configuration says `reference: fixed`.
+        """
+        config = self._fit(replace(self.config.preference, **changes))
+
+        def train() -> dict[str, Any]:
+            reference = frozen_copy(self.model)
+            if config.reference == "fixed":
+                load_weights(reference, fixed)
+            return train_preference(
+                self.model,
+                reference,
+                pairs,
+                config,
+                refine=refine,
+                reference_is_start=config.reference == "previous",
+                seed=self.run.seed(name),
+                pad_id=self.template.pad_id,
+                log=self.run.logger(f"train/{name}"),
+            )
+
+        self._become(name, train)
+
+    def candidates(
+        self, prompts: Sequence[Prompt], *, stage: str, round: int, **changes: Any
+    ) -> tuple[list[Sample], Counter[str]]:
+        """Samples of each prompt, in order, as `sampling` says; `changes` are SamplingParams.
+
+        Prompts that leave no room for `sampling.max_new_tokens` are dropped and counted.
+        """
+        cfg = self.config.sampling
+        settings = {
+            "n": cfg.num_candidates,
+            "temperature": cfg.temperature,
+            "top_p": cfg.top_p,
+            "top_k": cfg.top_k,
+            "max_tokens": cfg.max_new_tokens,
+            "seed": self.run.seed(stage),
+        }
+        params = SamplingParams(**(settings | changes))
+        ids = [self.template.encode_prompt(p) for p in prompts]
+        fits = [i for i, x in enumerate(ids) if len(x) + cfg.max_new_tokens <= self.context]
+        if not fits:
+            raise UserError(
+                f"no prompt leaves room for sampling.max_new_tokens = {cfg.max_new_tokens} in the "
+                f"model's context of {self.context} tokens; lower it or give shorter prompts"
+            )
+        outputs = self.sampler.generate([ids[i] for i in fits], params, progress="sampling")
+        samples = [
+            Sample(
+                prompt=prompts[i],
+                prompt_ids=tuple(ids[i]),
+                response=c.text,
+                response_ids=tuple(c.token_ids),
+                logprobs=tuple(c.logprobs),
+                finish_reason=c.finish_reason,
+                index=c.index,
+                seed=c.seed,
+                round=round,
+            )
+            for i, output in zip(fits, outputs, strict=True)
+            for c in output.outputs
+        ]
+        return samples, Counter({"prompt too long": len(ids) - len(fits)})
+
+    def judge(self, stage: str, initial: Path) -> Judge:
+        """The judge of the configuration, on the resident model; `initial` is SPA's pi_init."""
+        cfg, seed = self.config.judge, self.run.seed(stage)
+        if cfg.kind == "random":
+            return RandomJudge(seed)
+        if cfg.kind == "longest":
+            return LongestJudge()
+        if cfg.kind == "implicit":
+            return self.implicit(initial)
+        if cfg.kind == "expected":
+            return ExpectedJudge(self.sampler, self.template, cfg, context=self.context)
+        return PromptedJudge(self.sampler, self.template, cfg, seed=seed, context=self.context)
+
+    def implicit(self, initial: Path) -> ImplicitJudge:
+        """SPA's judge: the log-ratio of the resident model to pi_init (eq. 7)."""
+        reference = frozen_copy(self.model)
+        load_weights(reference, initial)
+        return ImplicitJudge(self.sampler, Sampler(reference, self.tokenizer))
+
+    def gold_pairs(self, rows: Sequence[Preference]) -> list[Pair]:
+        """Labelled text as token ids (SPA's seed D)."""
+        template = self.template
+        return [
+            Pair(
+                prompt=r.prompt,
+                prompt_ids=tuple(template.encode_prompt(r.prompt)),
+                chosen=r.chosen,
+                chosen_ids=tuple(template.encode_response(r.prompt, r.chosen)),
+                rejected=r.rejected,
+                rejected_ids=tuple(template.encode_response(r.prompt, r.rejected)),
+                chosen_score=r.chosen_score,
+                rejected_score=r.rejected_score,
+                round=0,
+            )
+            for r in rows
+        ]
+
+    def _become(self, name: str, train: Callable[[], dict[str, Any]]) -> None:
+        """Make the resident model `name`: by training it, or from disk where that is finished."""
+        stage = f"train/{name}"
+        if self.run.done(stage):
+            return self.use(self.folder(name))
+
+        def train_and_save() -> dict[str, Any]:
+            summary = train()
+            save_model(self.model, self.tokenizer, self.folder(name))
+            return summary
+
+        self.run.result(stage, train_and_save, file=f"models/{name}/config.json")
+        return None
+
+    def _tokens(self, prompt: Prompt, response: str) -> Tokens:
+        template = self.template
+        return template.encode_prompt(prompt), template.encode_response(prompt, response)
+
+    def _fit(self, config: Any) -> Any:
+        """The training configuration with rows limited to what the model can hold."""
+        limit = min(config.max_length or self.context, self.context)
+        return replace(config, max_length=limit)

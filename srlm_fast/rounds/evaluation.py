@@ -1,0 +1,64 @@
+"""The evaluation stage that follows every model: same prompts, same sampling seed."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from srlm_fast.data.jsonl import read_jsonl
+from srlm_fast.data.records import Pair, Prompt, Sample
+from srlm_fast.data.task import Task
+from srlm_fast.evaluate.labels import flag_metrics
+from srlm_fast.evaluate.policy import evaluate_model
+from srlm_fast.judge.base import text_samples
+from srlm_fast.rounds.engine import Engine
+
+
+def evaluate(
+    engine: Engine,
+    task: Task,
+    name: str,
+    *,
+    round: int = 0,
+    previous: str = "",
+    initial: Path | None = None,
+    pairs: Sequence[Pair] = (),
+) -> None:
+    """Evaluate the resident model as `name`; samples go to evaluation/<name>.jsonl.
+
+    previous: the model to win against. initial: pi_init, for the implicit reward (SPA).
+    pairs: what the model was trained on.
+    """
+    run = engine.run
+
+    def draw(
+        prompts: Sequence[Prompt], *, n: int, temperature: float, top_p: float
+    ) -> tuple[list[Sample], Counter[str]]:
+        return engine.candidates(
+            prompts, stage="evaluate", round=round, n=n, temperature=temperature, top_p=top_p
+        )
+
+    def make() -> tuple[list[Sample], dict[str, Any]]:
+        judge = engine.judge("evaluate", initial or engine.base)
+        before = read_jsonl(run.folder / f"evaluation/{previous}.jsonl", Sample) if previous else []
+        metrics, samples = evaluate_model(
+            name,
+            round=round,
+            draw=draw,
+            as_samples=partial(text_samples, template=engine.template),
+            task=task,
+            config=engine.config,
+            judge=judge,
+            implicit=engine.implicit(initial) if initial and task.test_pairs else None,
+            previous=(previous, before) if previous else None,
+            pairs=pairs,
+        )
+        flags = run.info(f"train/{name}").get("flags")
+        if flags and task.oracle:
+            metrics["flags"] = flag_metrics(task.oracle, pairs, flags)
+        return samples, metrics
+
+    run.records(f"evaluation/{name}", Sample, make)

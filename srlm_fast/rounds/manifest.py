@@ -1,0 +1,144 @@
+"""The run folder: which stages are finished, and what they wrote.
+
+A stage writes to a temporary name and renames, and only then enters `manifest.json`; so a run that
+was killed anywhere resumes at its first unfinished stage, and every stage reads its inputs from
+disk exactly as a resumed run would.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from srlm_fast.config import Config, to_yaml
+from srlm_fast.data.jsonl import read_jsonl, write_json, write_jsonl, write_text
+from srlm_fast.data.records import Record
+from srlm_fast.errors import UserError
+
+R = TypeVar("R", bound=Record)
+Info = Mapping[str, Any]
+
+
+def stage_seed(seed: int, name: str) -> int:
+    """An independent 31-bit seed for a stage of a run."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:4], "big") >> 1
+
+
+class Run:
+    """One run folder, locked while it is open.
+
+    Raises UserError when the folder is in use, holds another run, or was edited since.
+    """
+
+    def __init__(self, folder: Path, config: Config, versions: Mapping[str, str]) -> None:
+        self.folder = folder
+        self.config = config
+        self._path = folder / "manifest.json"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._lock = (folder / ".lock").open("w")
+        except OSError as error:
+            raise UserError(f"cannot write to {folder}: {error.strerror}; choose --out") from error
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(f"{folder} is in use by another run; wait, or choose --out") from error
+        if self._path.is_file():
+            self.manifest = json.loads(self._path.read_text(encoding="utf-8"))
+        else:
+            self.manifest = {"seed": config.seed, "versions": dict(versions), "stages": {}}
+            write_text(folder / "config.yaml", to_yaml(config))
+            self._save()
+        self._cut_metrics()
+
+    def close(self) -> None:
+        """Release the folder."""
+        self._lock.close()
+
+    def seed(self, name: str) -> int:
+        """The seed of a stage."""
+        return stage_seed(self.config.seed, name)
+
+    def done(self, name: str) -> bool:
+        """Whether a stage is finished; its files must be as it left them."""
+        stage = self.manifest["stages"].get(name)
+        if stage is None:
+            return False
+        for file, digest in stage["files"].items():
+            if _sha256(self.folder / file) != digest:
+                raise UserError(
+                    f"{self.folder / file} is missing or was changed after stage {name!r} "
+                    "wrote it; restore it, or start a new run with another --out"
+                )
+        return True
+
+    def info(self, name: str) -> dict[str, Any]:
+        """What a finished stage reported: counts of what it dropped, training summaries."""
+        found: dict[str, Any] = self.manifest["stages"].get(name, {}).get("info", {})
+        return found
+
+    def records(
+        self, name: str, cls: type[R], make: Callable[[], tuple[Sequence[R], Info]]
+    ) -> list[R]:
+        """The rows of stage `name` (file `<name>.jsonl`), made now unless they are there."""
+        path = self.folder / f"{name}.jsonl"
+        if not self.done(name):
+            with self._timed(name) as stage:
+                rows, info = make()
+                write_jsonl(path, rows)
+                stage |= {"rows": len(rows), "info": dict(info)}
+                stage["files"] = {f"{name}.jsonl": _sha256(path)}
+        return read_jsonl(path, cls)
+
+    def result(self, name: str, make: Callable[[], Info], file: str = "") -> dict[str, Any]:
+        """A stage that makes a small JSON object, kept in the manifest, and perhaps `file`."""
+        if not self.done(name):
+            with self._timed(name) as stage:
+                stage["info"] = dict(make())
+                stage["files"] = {file: _sha256(self.folder / file)} if file else {}
+        return self.info(name)
+
+    def logger(self, name: str) -> Callable[[dict[str, float]], None]:
+        """Appends the metrics of a stage to `metrics.jsonl`."""
+        path = self.folder / "metrics.jsonl"
+
+        def log(row: dict[str, float]) -> None:
+            with path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"stage": name, **row}) + "\n")
+
+        return log
+
+    @contextlib.contextmanager
+    def _timed(self, name: str) -> Iterator[dict[str, Any]]:
+        stage: dict[str, Any] = {"files": {}, "info": {}}
+        start = time.perf_counter()
+        yield stage
+        stage["seconds"] = round(time.perf_counter() - start, 3)
+        metrics = self.folder / "metrics.jsonl"
+        stage["metrics_bytes"] = metrics.stat().st_size if metrics.exists() else 0
+        self.manifest["stages"][name] = stage
+        self._save()
+
+    def _save(self) -> None:
+        write_json(self._path, self.manifest)
+
+    def _cut_metrics(self) -> None:
+        """Drop the metrics that an unfinished stage wrote before the run was killed."""
+        path = self.folder / "metrics.jsonl"
+        stages = self.manifest["stages"].values()
+        if path.exists():
+            os.truncate(path, max((s["metrics_bytes"] for s in stages), default=0))
+
+
+def _sha256(path: Path) -> str:
+    if not path.is_file():
+        return "missing"
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,63 @@
+"""Spread Preference Annotation (arXiv 2406.04412, Algorithm 1; papers.md section 1)."""
+
+from __future__ import annotations
+
+from srlm_fast.config import SPAConfig
+from srlm_fast.data.task import Task
+from srlm_fast.rounds.engine import Engine
+from srlm_fast.rounds.evaluation import evaluate
+from srlm_fast.rounds.stages import (
+    best_and_worst,
+    candidates,
+    judgements,
+    round_prompts,
+    seed_pairs,
+)
+from srlm_fast.train.noise import Refinement
+
+
+def spread_preference_annotation(engine: Engine, task: Task) -> None:
+    """pi_init -> pi_0 = DPO(gold seed) -> pi_1 -> ... -> pi_rounds, each pi judging for the next.
+
+    The judging reference is always pi_init (eq. 7); the training reference, which is also h_ref of
+    the extrapolated logits (eq. 12), is the model that the round starts from.
+    """
+    config, initial = engine.config, engine.base
+    if task.ift:
+        engine.sft("SFT", task.ift)
+        initial = engine.folder("SFT")
+    evaluate(engine, task, "SFT", initial=initial)
+
+    gold = seed_pairs(engine, task)
+    engine.dpo(
+        "DPO",
+        gold,
+        fixed=initial,
+        num_train_epochs=config.spa.seed_epochs,
+        learning_rate=config.spa.seed_learning_rate or config.preference.learning_rate,
+    )
+    evaluate(engine, task, "DPO", previous="SFT", initial=initial, pairs=gold)
+
+    previous = "DPO"
+    for i in range(1, config.rounds + 1):
+        name, refine = f"SPA{i}", refinement(config.spa, i)
+        prompts = round_prompts(engine, task, i)
+        samples = candidates(engine, prompts, i)
+        verdicts = judgements(engine, samples, i, initial=initial)
+        pairs = best_and_worst(engine, samples, verdicts, i)
+        engine.dpo(name, pairs, fixed=initial, refine=refine)
+        evaluate(engine, task, name, round=i, previous=previous, initial=initial, pairs=pairs)
+        previous = name
+
+
+def refinement(spa: SPAConfig, i: int) -> Refinement:
+    """Label refinement of round i (from 1): lambda decays over the rounds, its last value stays."""
+    return Refinement(
+        alpha=spa.alpha,
+        lam=spa.lambdas[min(i, len(spa.lambdas)) - 1],
+        k_percent=spa.k_percent,
+        tau=spa.tau,
+        window=spa.tau_window,
+        interval=spa.tau_interval,
+        warmup_fraction=spa.warmup_fraction,
+    )

@@ -1,0 +1,66 @@
+"""What a finished run says of itself: `summary.json`, made from the manifest alone."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from srlm_fast.data.task import Task
+from srlm_fast.rounds.manifest import Run
+
+# Said in every sandbox report, because the table alone would let a reader believe otherwise.
+SANDBOX_NOTES = (
+    "The oracle made the seed data and this evaluation; it judged and labelled nothing in a round.",
+    "What improves is style (relevance, substance, form). Exactness is kept at best, and agreement "
+    "of the judge with the oracle stays flat from round to round.",
+)
+
+
+def model_names(method: str, rounds: int) -> list[str]:
+    """The models of a run, in the order they are made."""
+    if method == "srlm":
+        return ["SFT", *(f"M{t}" for t in range(1, rounds + 2))]
+    return ["SFT", "DPO", *(f"SPA{t}" for t in range(1, rounds + 1))]
+
+
+def summarise(run: Run, task: Task) -> dict[str, Any]:
+    """The summary of a finished run; see docs/outputs.md for its fields."""
+    config = run.config
+    names = model_names(config.method, config.rounds)
+    stages = run.manifest["stages"]
+    return {
+        "method": config.method,
+        "task": task.name,
+        "data_dropped": dict(task.dropped),
+        "seed": config.seed,
+        "config": dataclasses.asdict(config),
+        "versions": run.manifest["versions"],
+        "stages": [
+            {"name": name, "seconds": s["seconds"], "rows": s.get("rows"), "tokens": _tokens(s)}
+            for name, s in stages.items()
+        ],
+        "models": [_model(run, name, max(i - 1, 0)) for i, name in enumerate(names)],
+        "notes": list(SANDBOX_NOTES) if task.oracle else [],
+    }
+
+
+def _model(run: Run, name: str, round: int) -> dict[str, Any]:
+    """One model: how it does, and what it was trained on (its round's pairs; round 0: the seed)."""
+    stages = run.manifest["stages"]
+    made = f"round-{round}/pairs" if round else "seed/pairs" if name == "DPO" else ""
+    training = {k: v for k, v in run.info(f"train/{name}").items() if k != "flags"}
+    return {
+        **run.info(f"evaluation/{name}"),
+        "training": training or None,
+        "pairs_kept": stages[made]["rows"] if made else None,
+        "dropped": run.info(made).get("dropped") if made else None,
+        "prompts_dropped": run.info(f"round-{round}/prompts").get("dropped"),
+        "eft": run.info("seed/eft") or None if name == "M1" else None,
+        "round_parsed_share": run.info(f"round-{round}/judgements").get("parsed_share"),
+    }
+
+
+def _tokens(stage: dict[str, Any]) -> int | None:
+    info = stage["info"]
+    found: int | None = info.get("tokens", info.get("num_tokens"))
+    return found

@@ -1,0 +1,107 @@
+"""What a finished run leaves in its folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from srlm_fast.config import load_config
+from srlm_fast.data.jsonl import read_jsonl
+from srlm_fast.data.records import Judgement, Pair, Sample
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("run") / "out"
+
+
+@pytest.fixture(params=["spa", "srlm"])
+def finished(request: pytest.FixtureRequest, run_loop: Any, folder: Path) -> tuple[str, Path]:
+    out = folder.with_name(request.param)
+    if not out.exists():
+        assert run_loop(request.param, out) == 0
+    return request.param, out
+
+
+def test_models_are_ordinary_folders(finished: tuple[str, Path]) -> None:
+    method, out = finished
+    names = {"spa": {"SFT", "DPO", "SPA1", "SPA2"}, "srlm": {"SFT", "M1", "M2", "M3"}}[method]
+    assert {p.name for p in (out / "models").iterdir()} == names
+    for name in names:
+        AutoModelForCausalLM.from_pretrained(out / "models" / name)
+        tokenizer = AutoTokenizer.from_pretrained(out / "models" / name)
+        assert tokenizer.chat_template
+
+
+def test_pairs_are_the_ids_that_were_sampled(finished: tuple[str, Path]) -> None:
+    """No decode and encode between sampling and training (papers.md 1.5 #7)."""
+    _, out = finished
+    for t in (1, 2):
+        samples = read_jsonl(out / f"round-{t}" / "samples.jsonl", Sample)
+        sampled = {(s.prompt_ids, s.response_ids) for s in samples}
+        pairs = read_jsonl(out / f"round-{t}" / "pairs.jsonl", Pair)
+        assert pairs
+        for pair in pairs:
+            assert (pair.prompt_ids, pair.chosen_ids) in sampled
+            assert (pair.prompt_ids, pair.rejected_ids) in sampled
+            assert pair.chosen_ids != pair.rejected_ids
+            assert pair.chosen_score > pair.rejected_score  # type: ignore[operator]
+
+
+def test_counts_add_up(finished: tuple[str, Path]) -> None:
+    """Every candidate is judged or counted, every prompt makes a pair or is counted."""
+    _, out = finished
+    for t in (1, 2):
+        stages = json.loads((out / "manifest.json").read_text())["stages"]
+        samples = read_jsonl(out / f"round-{t}" / "samples.jsonl", Sample)
+        judged = read_jsonl(out / f"round-{t}" / "judgements.jsonl", Judgement)
+        unusable = stages[f"round-{t}/judgements"]["info"]["dropped"]
+        assert len(judged) + sum(unusable.values()) == len(samples)
+        dropped = stages[f"round-{t}/pairs"]["info"]["dropped"]
+        prompts = stages[f"round-{t}/prompts"]["rows"]
+        reasons = ("tie", "fewer than two judged", "prompt too long")
+        lost = sum(dropped.get(reason, 0) for reason in reasons)
+        assert stages[f"round-{t}/pairs"]["rows"] + lost == prompts
+
+
+def test_rounds_use_new_prompts(finished: tuple[str, Path]) -> None:
+    _, out = finished
+    rounds = [read_jsonl(out / f"round-{t}" / "samples.jsonl", Sample) for t in (1, 2)]
+    first, second = ({s.prompt for s in samples} for samples in rounds)
+    assert first and second and not first & second
+    test = {s.prompt for s in read_jsonl(out / "evaluation" / "SFT.jsonl", Sample)}
+    assert not test & (first | second)
+
+
+def test_summary_and_report(finished: tuple[str, Path]) -> None:
+    method, out = finished
+    summary = json.loads((out / "summary.json").read_text())
+    names = [m["name"] for m in summary["models"]]
+    assert names[0] == "SFT" and len(names) == 4
+    for model in summary["models"]:
+        assert 0 <= model["oracle_score"] <= 5 and model["oracle_se"] >= 0
+        assert len(model["criteria"]) == 5
+        assert model["mean_length"] > 0
+    last = summary["models"][-1]
+    assert last["pairs_kept"] > 0 and last["win_rate"]["against"] == names[-2]
+    assert last["training"]["steps"] > 0
+    assert (method == "spa") == ("flags" in last)
+    assert {s["name"] for s in summary["stages"]} >= {"pretrain", "round-1/samples", "train/SFT"}
+    assert summary["versions"]["torch"]
+    report = (out / "report.html").read_text()
+    assert "<svg" in report and "http" not in report.replace("http://www.w3.org", "")
+    assert load_config(str(out / "config.yaml")).method == method
+
+
+def test_step_zero_is_checked(finished: tuple[str, Path]) -> None:
+    """The reference is the round's starting model: the first loss is ln 2 (design rule 4)."""
+    _, out = finished
+    last = json.loads((out / "summary.json").read_text())["models"][-1]
+    assert (
+        last["training"]["loss_first"] == pytest.approx(0.693147, abs=1e-6)
+        or last["training"].get("loss_first") > 0.69
+    )  # with the likelihood term of the SRLM recipe on top

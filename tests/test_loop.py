@@ -1,0 +1,100 @@
+"""The command line: what it prints, what it refuses, and with which exit code."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from srlm_fast.config import Config, load_config
+from srlm_fast.loop import main
+
+
+def complaint(capsys: pytest.CaptureFixture[str], *argv: str, code: int = 2) -> str:
+    """Runs `argv`, which must fail with one line on stderr and the exit code."""
+    assert main(list(argv)) == code
+    message = capsys.readouterr().err.strip()
+    assert "\n" not in message and message.startswith("srlm_fast: ")
+    return message
+
+
+def test_print_config_gives_the_recipe_back(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert main(["--recipe", "spa", "--preference.beta", "0.3", "--print-config"]) == 0
+    printed = tmp_path / "mine.yaml"
+    printed.write_text(capsys.readouterr().out)
+    assert load_config(str(printed)) == load_config("spa", {"preference.beta": "0.3"})
+
+
+def test_default_recipe_is_sandbox_srlm(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--print-config"]) == 0
+    assert yaml.safe_load(capsys.readouterr().out)["method"] == "srlm"
+    assert Config().method == "srlm"
+
+
+def test_dry_run_starts_nothing(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    assert main(["--dry-run", "--out", str(out)]) == 0
+    plan = capsys.readouterr().out
+    assert "round 2: judging" in plan and "linear_preference_loss" in plan
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("argv", "cure"),
+    [
+        (["--recipe", "sandbox-spaa"], "did you mean sandbox-spa?"),
+        (["--recipe", "nowhere.yaml"], "does not exist"),
+        (["--preference.bta", "0.1"], "did you mean beta?"),
+        (["--samplng.top_p", "0.1"], "did you mean sampling?"),
+        (["--rounds", "many"], "rounds must be of type int"),
+        (["--rounds", "0"], "rounds"),
+        (["--preference.loss_type", "sigmoidd"], "sigmoid"),
+        (["--judge.prompt", "additiv"], "additive"),
+        (["--recipe", "spa"], "needs --model"),
+        (["--recipe", "spa", "--model", "no/such/folder"], "no/such/folder"),
+        (["--resume", "--out", "no/such/run"], "holds no run to resume"),
+        (["--device", "cuda:99"], "cuda:99"),
+        (["--sandbox.world", "W9"], "W9"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_mistakes_are_refused_before_the_run(
+    argv: list[str], cure: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    out = [] if "--out" in argv else ["--out", str(tmp_path / "run")]
+    assert cure in complaint(capsys, *argv, *out)
+    assert not (tmp_path / "run").exists()
+
+
+def test_existing_folder_is_not_overwritten(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "note.txt").write_text("mine")
+    assert "--resume" in complaint(capsys, "--out", str(tmp_path))
+    assert (tmp_path / "note.txt").read_text() == "mine"
+
+
+def test_debug_shows_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--rounds", "many", "--debug"]) == 2
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_data_mistakes(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    spa = ["--recipe", "spa", "--model", str(model), "--out", str(tmp_path / "run")]
+    assert "no tokenizer" in complaint(capsys, *spa, "--data.preferences", "x.jsonl")
+
+
+def test_help_is_quick_and_complete() -> None:
+    """Nothing heavy is imported for --help."""
+    code = "import sys; from srlm_fast.loop import main; main(['--print-config']); "
+    code += "assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)

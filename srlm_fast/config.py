@@ -24,11 +24,12 @@ from srlm_fast.errors import UserError
 
 @dataclass(frozen=True)
 class SandboxConfig:
-    """The embedded world (only when `model` is empty): how its base model M0 is made."""
+    """The embedded world (when `model` is "sandbox"): how its base model M0 is made."""
 
     scale: Literal["smoke", "small", "full"] = "full"
     world: str = "W4"
-    pretrain_steps: int = 1400
+    num_trees: int = 300  # ranked trees that IFT and EFT are made of, each
+    pretrain_steps: int = 1000
     min_exact: float = 0.75  # gate: share of perfect greedy copies on 100 prompts
     max_seconds: float = 240.0  # cap on pre-training, gate included
     cache_dir: str = ""  # default: $XDG_CACHE_HOME/srlm_fast
@@ -167,7 +168,7 @@ class Config:
     """Everything that determines a run's result."""
 
     method: Literal["srlm", "spa"] = "srlm"
-    model: str = ""  # HF folder or hub id; empty: the sandbox
+    model: str = ""  # HF folder or hub id, or "sandbox": the embedded world and its own model
     template: str = "auto"  # chat template: the tokenizer's own, or a name in data/chat_templates
     seed: int = 0
     rounds: int = 2
@@ -230,6 +231,7 @@ def _check(config: Config) -> None:
         "judge.num_samples must be at least 1": c.judge.num_samples >= 1,
         "judge.max_new_tokens must be at least 1": c.judge.max_new_tokens >= 1,
         "preference.beta must be above 0": c.preference.beta > 0,
+        "sandbox.num_trees must be at least 1": c.sandbox.num_trees >= 1,
         "prompts.num_prompts must be at least 1": c.prompts.num_prompts >= 1,
         "prompts.rouge_l must lie in 0..1": 0 <= c.prompts.rouge_l <= 1,
         "spa.lambdas needs at least one value, none negative": min(c.spa.lambdas, default=-1) >= 0,

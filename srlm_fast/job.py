@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 
 import torch
@@ -62,11 +60,12 @@ def prepare(config: Config) -> Job:
         if config.prompts.source == "self_instruct":
             load_task_list(config.prompts.template)
     resolve_device(config.device)
-    folder = None
-    if config.model:
+    if config.model == "sandbox":
+        folder, task = None, make_task(config)
+    else:
         folder = resolve_folder(config.model)
         ChatTemplate(load_tokenizer(str(folder)), config.template)
-    task = task_from_files(config) if config.model else make_task(config)
+        task = task_from_files(config)
     if config.prompts.source == "dataset" and not task.prompts:
         raise UserError("prompts.source is dataset, but there are none; give --data.prompts")
     return Job(config, task, folder)
@@ -84,18 +83,6 @@ def execute(job: Job, run: Run) -> str:
     write_json(run.folder / "summary.json", summary)
     write_text(run.folder / "report.html", render_report(run.folder))
     return summary_table(summary)
-
-
-def versions() -> dict[str, str]:
-    """What a result depends on besides its configuration."""
-    names = ("torch", "transformers", "tokenizers", "safetensors", "srlm-fast")
-    found = {"python": platform.python_version(), "machine": platform.machine()}
-    for name in names:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = "not installed"
-    return found
 
 
 def _sandbox_model(config: Config, run: Run) -> Path:

@@ -26,7 +26,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(to_yaml(config), end="")
             return 0
         # Heavy imports come late, so that a wrong word on the command line answers at once.
-        from srlm_fast.job import execute, prepare, versions
+        from srlm_fast.env import versions
+        from srlm_fast.job import execute, prepare
         from srlm_fast.rounds.manifest import Run
         from srlm_fast.rounds.plan import plan
 
@@ -58,7 +59,7 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, dict[str, str]]:
         allow_abbrev=False,
     )
     parser.add_argument("--recipe", default="", help=f"{', '.join(recipe_names())}, or a YAML file")
-    parser.add_argument("--model", help="HF folder or hub id (default: the sandbox's own)")
+    parser.add_argument("--model", help="HF folder or hub id (sandbox recipes: their own)")
     parser.add_argument("--out", type=Path, help="run folder (default: runs/<recipe>-<time>)")
     parser.add_argument("--resume", action="store_true", help="go on with --out, or the latest run")
     parser.add_argument("--print-config", action="store_true", help="print the settings and stop")
@@ -95,7 +96,7 @@ def _open(args: argparse.Namespace, overrides: dict[str, str]) -> tuple[Path, Co
         return folder, config
     recipe = args.recipe or "sandbox-srlm"
     config = load_config(recipe, overrides)
-    if not config.model and not recipe.startswith("sandbox") and not args.print_config:
+    if not config.model and not args.print_config:
         raise UserError(f"recipe {recipe} needs --model: a HuggingFace model folder or hub id")
     name = f"{Path(recipe).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
     folder = args.out or RUNS / name

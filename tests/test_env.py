@@ -10,6 +10,8 @@ import torch
 
 from srlm_fast import env
 
+ROOT = Path(__file__).resolve().parent.parent
+
 
 def test_versions_are_those_of_the_running_packages() -> None:
     found = env.versions()
@@ -58,9 +60,8 @@ def test_probe_names_the_extra_to_install() -> None:
 
 
 def test_importing_it_loads_nothing_optional() -> None:
-    code = "import sys, srlm_fast.env; print(*sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    loaded = set(done.stdout.split())
+    command = [sys.executable, "-c", "import sys, srlm_fast.env; print(*sys.modules)"]
+    loaded = set(subprocess.check_output(command, cwd=ROOT, text=True).split())
     optional = {module.partition(".")[0] for _, module in env.OPTIONAL.values()}
     assert "torch" in loaded
     assert not loaded & (optional | {"transformers"})

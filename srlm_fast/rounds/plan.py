@@ -8,6 +8,7 @@ from typing import Any
 
 from srlm_fast.config import Config
 from srlm_fast.data.task import Task
+from srlm_fast.env import OPS
 from srlm_kernels import explain
 
 BYTES = {"float32": 4, "bfloat16": 2}
@@ -20,10 +21,8 @@ def plan(config: Config, task: Task, folder: Path | None) -> str:
     lines += ["", "memory (weights, gradients, optimiser; activations come on top)"]
     lines += [f"  {line}" for line in _memory(config, folder)]
     lines += ["", "backends"]
-    lines += [f"  {op:<24} {explain(op)}" for op in ("linear_logp", "linear_preference_loss")]
-    lines += [
-        "  sampler                  batched decoder, preallocated KV, every prompt computed once"
-    ]
+    lines += [f"  {explain(op)}" for op in OPS]
+    lines += ["  sampler: batched decoder with preallocated KV; every prompt is computed once"]
     return "\n".join(lines)
 
 
@@ -35,9 +34,9 @@ def _stages(config: Config, task: Task) -> list[tuple[str, str]]:
     sampled = (
         f"{count} prompts x {n}, at most {count * n * config.sampling.max_new_tokens:,} tokens"
     )
-    stages = (
-        [] if config.model else [("pretrain M0", f"{config.sandbox.pretrain_steps} steps, cached")]
-    )
+    stages = []
+    if config.model == "sandbox":
+        stages = [("pretrain M0", f"{config.sandbox.pretrain_steps} steps, cached")]
     if config.method == "srlm":
         stages += [
             ("SFT baseline", f"{len(task.ift)} IFT rows x {config.sft.num_train_epochs} epochs"),

@@ -6,6 +6,7 @@ it is hit: the model then depends on the machine's speed, and its name says so.
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import hashlib
 import json
@@ -56,11 +57,12 @@ def make_base_model(config: SandboxConfig, *, seed: int, num_threads: int = 0) -
 
 def cache_key(config: SandboxConfig, seed: int) -> str:
     """A hash of what determines M0: settings, seed, the prompts it learns, code, versions."""
-    sources = resources.files("srlm_fast.sandbox")
+    sources = [resources.files("srlm_fast.sandbox") / f"{name}.py" for name in SOURCES]
     parts = {
         "settings": [config.world, config.pretrain_steps, config.min_exact, seed],
         "prompts": [JUDGE_PROMPT.text, dataclasses.asdict(TASK_LIST)],
-        "sources": [(sources / f"{name}.py").read_text("utf-8") for name in SOURCES],
+        # Parsed and written again, so that comments and formatting do not count.
+        "sources": [ast.unparse(ast.parse(path.read_text("utf-8"))) for path in sources],
         "versions": [torch.__version__, transformers.__version__],
     }
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]

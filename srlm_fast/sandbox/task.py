@@ -12,23 +12,22 @@ from srlm_fast.sandbox.oracle import Criteria, judge_response
 from srlm_fast.sandbox.responses import graded_response
 from srlm_fast.sandbox.world import Quality, TaskPrompt, World, draw_prompt, get_world, parse_prompt
 
-IFT_TREES = 300
-EFT_TREES = 300
 RESPONSES_PER_TREE = 3
 
 
 def make_task(config: Config) -> Task:
     """The sandbox's data for this seed; no prompt is in two pools.
 
-    IFT and EFT come from 300 trees each (the rank-0 response; all three, ranked). The oracle's
-    scores stand for the human labels of the seed data. Raises UserError on an unknown world.
+    IFT and EFT come from `sandbox.num_trees` trees each (the rank-0 response; all three, ranked).
+    The oracle's scores stand for the human labels of the seed data. Raises UserError on an unknown
+    world.
     """
     world = get_world(config.sandbox.world)
     pools = _PromptPools(config.seed)
     test = pools.draw("test", config.evaluate.num_prompts)
     judge_test = pools.draw("judge test", config.evaluate.num_judge_groups)
-    ift = pools.draw("ift", IFT_TREES)
-    eft = pools.draw("eft", EFT_TREES)
+    ift = pools.draw("ift", config.sandbox.num_trees)
+    eft = pools.draw("eft", config.sandbox.num_trees)
     # SPA's seed takes two prompts for each of its pairs, since some samples tie.
     wanted = 2 * config.spa.num_seed_pairs + config.rounds * config.prompts.num_prompts
     prompts = pools.draw("prompts", wanted)

@@ -99,9 +99,7 @@ class _Trainer:
                 self.losses.append(self._step(peak * schedule(step, steps)))
                 progress.update()
                 if step % CHECK_STEPS == 0:
-                    now = time.monotonic()
-                    fitting = int((deadline - now) * step / (now - start))
-                    steps = min(steps, step + max(0, fitting))
+                    steps = min(steps, _fitting_steps(step, steps, start, deadline))
                     progress.total = steps
                     progress.set_postfix(loss=f"{self.mean_loss():.3f}")
         self.steps += steps
@@ -123,6 +121,14 @@ class _Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad()
         return loss.detach()
+
+
+def _fitting_steps(step: int, steps: int, start: float, deadline: float) -> int:
+    """How many of `steps` fit, judged by the pace so far once half of the time is spent."""
+    now = time.monotonic()
+    if now < (start + deadline) / 2:
+        return steps
+    return step + max(0, int((deadline - now) * step / (now - start)))
 
 
 def schedule(step: int, steps: int) -> float:

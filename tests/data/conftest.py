@@ -74,6 +74,6 @@ def words() -> Any:
 def shared() -> Path:
     """The folder of sample data and models beside the checkout; tests that need it skip without."""
     folder = Path(__file__).parents[3] / "shared"
-    if not folder.is_dir():
+    if not (folder / "data" / "preferences.jsonl").is_file():
         pytest.skip("needs ../shared, which is not there")
     return folder

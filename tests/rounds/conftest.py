@@ -11,6 +11,7 @@ from srlm_fast.loop import main
 
 TINY = {
     "--sandbox.pretrain_steps": "3",
+    "--sandbox.num_trees": "24",
     "--sandbox.min_exact": "0",
     "--sampling.keep_truncated": "true",
     "--sampling.max_new_tokens": "6",

@@ -69,17 +69,14 @@ def test_initialisation() -> None:
 
 
 def test_training_learns_and_repeats_exactly(quick: SandboxConfig) -> None:
-    config = dataclasses.replace(quick, pretrain_steps=8)
-    (model, record), (twin, _), (other, _) = (
-        pretrain(config, make_tokenizer(), seed=seed) for seed in (0, 0, 1)
-    )
-    assert record.steps == 8
-    assert not record.capped
-    first = pretrain(quick, make_tokenizer(), seed=0)[1]
-    assert record.loss < first.loss < 7.0
+    longer = dataclasses.replace(quick, pretrain_steps=8)
+    (model, record), (twin, _) = (pretrain(longer, make_tokenizer(), seed=0) for _ in range(2))
+    other, short = pretrain(quick, make_tokenizer(), seed=1)
+    assert (record.steps, record.capped) == (8, False)
+    assert record.loss < short.loss < 7.0
     for a, b, c in zip(model.parameters(), twin.parameters(), other.parameters(), strict=True):
         assert torch.equal(a, b)
-        assert a.dim() == 1 or not torch.equal(a, c)
+        assert not torch.equal(a, c)
     assert not model.training
 
 

@@ -1,0 +1,89 @@
+"""The run folder: locked, tamper-evident, and whole after a failure."""
+
+from __future__ import annotations
+
+import errno
+import json
+from pathlib import Path
+
+import pytest
+
+from srlm_fast.config import load_config
+from srlm_fast.data import jsonl
+from srlm_fast.data.records import PromptRow, user
+from srlm_fast.errors import UserError
+from srlm_fast.rounds.manifest import Run, stage_seed
+
+ROWS = [PromptRow(user("one")), PromptRow(user("two"))]
+
+
+def open_run(folder: Path) -> Run:
+    return Run(folder, load_config("sandbox-spa"), {"torch": "x"})
+
+
+def test_a_finished_stage_is_not_made_again(tmp_path: Path) -> None:
+    run = open_run(tmp_path)
+    assert run.records("a/rows", PromptRow, lambda: (ROWS, {"dropped": {"tie": 2}})) == ROWS
+    run.close()
+    again = open_run(tmp_path)
+
+    def never() -> tuple[list[PromptRow], dict[str, int]]:
+        raise AssertionError("made twice")
+
+    assert again.records("a/rows", PromptRow, never) == ROWS
+    assert again.info("a/rows") == {"dropped": {"tie": 2}}
+
+
+def test_a_failed_stage_leaves_nothing_behind(tmp_path: Path) -> None:
+    run = open_run(tmp_path)
+    with pytest.raises(ZeroDivisionError):
+        run.records("a", PromptRow, lambda: (ROWS, {"x": 1 / 0}))
+    assert not run.done("a") and not (tmp_path / "a.jsonl").exists()
+    assert json.loads((tmp_path / "manifest.json").read_text())["stages"] == {}
+
+
+def test_a_folder_serves_one_run_at_a_time(tmp_path: Path) -> None:
+    run = open_run(tmp_path)
+    with pytest.raises(UserError, match="in use"):
+        open_run(tmp_path)
+    run.close()
+    open_run(tmp_path).close()
+
+
+@pytest.mark.parametrize("damage", ["edit", "delete"])
+def test_changed_files_are_noticed(damage: str, tmp_path: Path) -> None:
+    run = open_run(tmp_path)
+    run.records("a", PromptRow, lambda: (ROWS, {}))
+    path = tmp_path / "a.jsonl"
+    path.write_text(path.read_text().replace("one", "1")) if damage == "edit" else path.unlink()
+    with pytest.raises(UserError, match=r"a\.jsonl is missing or was changed"):
+        run.records("a", PromptRow, lambda: (ROWS, {}))
+
+
+def test_metrics_of_an_unfinished_stage_are_cut(tmp_path: Path) -> None:
+    run = open_run(tmp_path)
+    run.result("first", lambda: run.logger("first")({"loss": 1.0}) or {})
+    run.logger("second")({"loss": 2.0})
+    run.close()
+    open_run(tmp_path)
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert rows == [{"stage": "first", "loss": 1.0}]
+
+
+def test_a_full_disk_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = open_run(tmp_path)
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(jsonl.os, "fsync", full)
+    with pytest.raises(UserError, match="full"):
+        run.records("a", PromptRow, lambda: (ROWS, {}))
+    monkeypatch.undo()
+    assert run.records("a", PromptRow, lambda: (ROWS, {})) == ROWS
+
+
+def test_stage_seeds_are_independent_and_stable() -> None:
+    assert stage_seed(0, "candidates-1") == stage_seed(0, "candidates-1")
+    seeds = {stage_seed(s, f"candidates-{t}") for s in range(10) for t in range(10)}
+    assert len(seeds) == 100 and all(0 <= s < 2**31 for s in seeds)

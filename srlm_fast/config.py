@@ -28,7 +28,8 @@ class SandboxConfig:
 
     scale: Literal["smoke", "small", "full"] = "full"
     world: str = "W4"
-    num_trees: int = 300  # ranked trees that IFT and EFT are made of, each
+    num_ift: int = 300  # seed trees whose best response is trained on
+    num_eft: int = 120  # seed trees whose ranked responses are judged
     pretrain_steps: int = 1000
     min_exact: float = 0.75  # gate: share of perfect greedy copies on 100 prompts
     max_seconds: float = 240.0  # cap on pre-training, gate included
@@ -231,7 +232,8 @@ def _check(config: Config) -> None:
         "judge.num_samples must be at least 1": c.judge.num_samples >= 1,
         "judge.max_new_tokens must be at least 1": c.judge.max_new_tokens >= 1,
         "preference.beta must be above 0": c.preference.beta > 0,
-        "sandbox.num_trees must be at least 1": c.sandbox.num_trees >= 1,
+        "sandbox.num_ift and num_eft must be at least 1": min(c.sandbox.num_ift, c.sandbox.num_eft)
+        > 0,
         "prompts.num_prompts must be at least 1": c.prompts.num_prompts >= 1,
         "prompts.rouge_l must lie in 0..1": 0 <= c.prompts.rouge_l <= 1,
         "spa.lambdas needs at least one value, none negative": min(c.spa.lambdas, default=-1) >= 0,

@@ -19,6 +19,7 @@ from srlm_fast.prompts.task_list import TaskList, load_task_list, one_line
 from srlm_fast.sampler import Completion, Sampler, SamplingParams
 
 MAX_BATCH = 256  # calls that share their pool of generated demonstrations
+FIRST_BATCH = 32
 HOPELESS = 20  # calls that do not fit the context, before giving up
 
 
@@ -122,6 +123,8 @@ class _Pool:
 def _calls_needed(pool: _Pool, calls: int, num_prompts: int) -> int:
     """Calls that should give the missing prompts, at the rate of accepted prompts so far."""
     missing = num_prompts - len(pool.accepted)
+    if calls == 0:  # a list may go on for several tasks: find out before asking for hundreds
+        return min(FIRST_BATCH, missing)
     rate = len(pool.accepted) / calls if pool.accepted else 1.0
     return min(MAX_BATCH, math.ceil(missing / rate))
 

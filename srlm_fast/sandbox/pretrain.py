@@ -23,6 +23,7 @@ import torch
 import transformers
 
 from srlm_fast.config import SandboxConfig
+from srlm_fast.data.jsonl import write_json
 from srlm_fast.model.weights import save_model
 from srlm_fast.sandbox.documents import JUDGE_PROMPT, TASK_LIST
 from srlm_fast.sandbox.tokenizer import make_tokenizer
@@ -107,7 +108,7 @@ def _save(model: Any, tokenizer: Any, record: Pretraining, folder: Path) -> Path
     with tempfile.TemporaryDirectory(prefix=".making-", dir=folder.parent) as work:
         fresh = Path(work) / folder.name
         save_model(model, tokenizer, fresh)
-        (fresh / RECORD).write_text(json.dumps(dataclasses.asdict(record), indent=2), "utf-8")
+        write_json(fresh / RECORD, dataclasses.asdict(record))
         try:
             fresh.rename(folder)
         except OSError:

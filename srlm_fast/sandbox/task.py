@@ -18,7 +18,7 @@ RESPONSES_PER_TREE = 3
 def make_task(config: Config) -> Task:
     """The sandbox's data for this seed; no prompt is in two pools.
 
-    IFT and EFT come from `sandbox.num_trees` trees each (the rank-0 response; all three, ranked).
+    IFT and EFT come from trees of their own (the rank-0 response; all three, ranked).
     The oracle's scores stand for the human labels of the seed data. Raises UserError on an unknown
     world.
     """
@@ -26,8 +26,8 @@ def make_task(config: Config) -> Task:
     pools = _PromptPools(config.seed)
     test = pools.draw("test", config.evaluate.num_prompts)
     judge_test = pools.draw("judge test", config.evaluate.num_judge_groups)
-    ift = pools.draw("ift", config.sandbox.num_trees)
-    eft = pools.draw("eft", config.sandbox.num_trees)
+    ift = pools.draw("ift", config.sandbox.num_ift)
+    eft = pools.draw("eft", config.sandbox.num_eft)
     # SPA's seed takes two prompts for each of its pairs, since some samples tie.
     wanted = 2 * config.spa.num_seed_pairs + config.rounds * config.prompts.num_prompts
     prompts = pools.draw("prompts", wanted)

@@ -11,7 +11,8 @@ from srlm_fast.loop import main
 
 TINY = {
     "--sandbox.pretrain_steps": "3",
-    "--sandbox.num_trees": "24",
+    "--sandbox.num_ift": "24",
+    "--sandbox.num_eft": "12",
     "--sandbox.min_exact": "0",
     "--sampling.keep_truncated": "true",
     "--sampling.max_new_tokens": "6",

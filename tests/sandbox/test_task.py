@@ -32,8 +32,8 @@ def pools(task: Task) -> dict[str, list[str]]:
 def test_pools_are_disjoint_and_of_the_configured_size(task: Task) -> None:
     texts = pools(task)
     assert {name: len(pool) for name, pool in texts.items()} == {
-        "ift": 300,
-        "eft": 300,
+        "ift": CONFIG.sandbox.num_ift,
+        "eft": CONFIG.sandbox.num_eft,
         "judge_test": 60,
         "test": 200,
         "prompts": 2 * 48 + 2 * 200,
@@ -75,7 +75,7 @@ def test_seed_data_leaves_head_room_and_strict_rankings(task: Task) -> None:
     """The best of three is far from perfect on average, and enough groups have no tie."""
     best = statistics.mean(sum(oracle(e.prompt, e.response).values()) for e in task.ift)
     assert 3.2 < best < 3.7
-    assert sum(len(set(g.ranks)) == 3 for g in task.eft) > 80
+    assert sum(len(set(g.ranks)) == 3 for g in task.eft) > 0.27 * len(task.eft)
 
 
 def test_oracle_reads_the_last_user_turn() -> None:

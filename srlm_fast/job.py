@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,14 +87,14 @@ def execute(job: Job, run: Run) -> str:
 
 
 def _sandbox_model(config: Config, run: Run) -> Path:
-    made: list[Path] = []
+    """M0, copied into the run folder: a resumed run starts from the very same weights."""
+    folder = run.folder / "models" / "M0"
 
     def make() -> dict[str, str]:
-        made.append(
-            make_base_model(config.sandbox, seed=config.seed, num_threads=config.num_threads)
-        )
-        return {"model": made[0].name}
+        cached = make_base_model(config.sandbox, seed=config.seed, num_threads=config.num_threads)
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(cached, folder)
+        return {"cached": cached.name}
 
-    run.result("pretrain", make)
-    # A resumed run finds it in the cache, or makes the same again.
-    return made[0] if made else make_base_model(config.sandbox, seed=config.seed)
+    run.result("pretrain", make, file="models/M0/config.json")
+    return folder

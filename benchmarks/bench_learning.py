@@ -61,8 +61,14 @@ def run(method: str, judge: str, seed: int, extra: list[str]) -> dict[str, Any]:
 
 
 def _commit() -> str:
-    git = ["git", "describe", "--always", "--dirty"]
-    return subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+    """The commit that is measured; changed files count only where the product lives."""
+
+    def git(*words: str) -> str:
+        done = subprocess.run(["git", *words], capture_output=True, text=True, check=False)
+        return done.stdout.strip()
+
+    changed = git("status", "--porcelain", "--", "srlm_fast", "kernels")
+    return git("rev-parse", "--short", "HEAD") + ("-dirty" if changed else "")
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

@@ -1,25 +1,27 @@
-"""The configuration of a run: frozen dataclasses, YAML recipes, dotted overrides.
+"""The configuration of a run: frozen dataclasses that refuse values which could only fail later.
 
-Field names are TRL's and transformers' wherever the meaning is theirs. A recipe is a YAML file with
-the same nesting; `scales` in a recipe holds overlays that `sandbox.scale` selects. Precedence: the
-dataclass defaults, the recipe, its scale overlay, the dotted overrides of the command line.
+Field names are TRL's and transformers' wherever the meaning is theirs. `srlm_fast.recipes` makes a
+`Config` from a recipe and the command line.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
-import types
-import typing
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from importlib import resources
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
 from srlm_fast.errors import UserError
+
+
+def _require(holds: bool, rule: str) -> None:
+    """`rule` begins with the field's name, to which the loader adds the group's."""
+    if not holds:
+        raise UserError(rule)
+
+
+def _require_sampling(temperature: float, top_p: float) -> None:
+    _require(temperature >= 0, "temperature must not be negative")
+    _require(0 < top_p <= 1, "top_p must be above 0 and at most 1")
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,13 @@ class SandboxConfig:
     max_seconds: float = 240.0  # cap on pre-training, gate included
     cache_dir: str = ""  # default: $XDG_CACHE_HOME/srlm_fast
 
+    def __post_init__(self) -> None:
+        _require(self.pretrain_steps >= 1, "pretrain_steps must be at least 1")
+        _require(self.num_ift >= 1, "num_ift must be at least 1")
+        _require(self.num_eft >= 1, "num_eft must be at least 1")
+        _require(0 <= self.min_exact <= 1, "min_exact must lie in 0..1")
+        _require(self.max_seconds > 0, "max_seconds must be above 0")
+
 
 @dataclass(frozen=True)
 class DataConfig:
@@ -49,10 +58,20 @@ class DataConfig:
     num_test_pairs: int = 500
     num_test_prompts: int = 256
 
+    def __post_init__(self) -> None:
+        shares = self.split
+        _require(
+            len(shares) == 3 and min(shares) > 0 and abs(sum(shares) - 1) < 1e-6,
+            "split must be three positive shares (IFT, EFT, judge test) that sum to 1",
+        )
+        _require(self.num_gold >= 0, "num_gold must not be negative")
+        _require(self.num_test_pairs >= 0, "num_test_pairs must not be negative")
+        _require(self.num_test_prompts >= 0, "num_test_prompts must not be negative")
+
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """One training stage (SFT). Optimiser AdamW; the schedule decays to `min_lr_ratio`."""
+    """A training stage: AdamW, with a schedule that decays to `min_lr_ratio` of the rate."""
 
     learning_rate: float = 5.5e-6
     min_lr_ratio: float = 0.2
@@ -64,10 +83,26 @@ class TrainConfig:
     weight_decay: float = 0.0
     adam_beta1: float = 0.9
     adam_beta2: float = 0.999
-    max_grad_norm: float = 1.0
+    max_grad_norm: float = 1.0  # 0: no clipping
     max_length: int = 0  # prompt + response tokens, longer rows dropped; 0: the model's context
     layout: Literal["padded", "packed"] = "padded"
     logging_steps: int = 10
+
+    def __post_init__(self) -> None:
+        _require(self.learning_rate > 0, "learning_rate must be above 0")
+        _require(self.num_train_epochs >= 1, "num_train_epochs must be at least 1")
+        _require(
+            self.per_device_train_batch_size >= 1, "per_device_train_batch_size must be at least 1"
+        )
+        _require(self.micro_batch_size >= 0, "micro_batch_size must not be negative")
+        _require(0 <= self.warmup_ratio <= 1, "warmup_ratio must lie in 0..1")
+        _require(0 <= self.min_lr_ratio <= 1, "min_lr_ratio must lie in 0..1")
+        _require(self.weight_decay >= 0, "weight_decay must not be negative")
+        _require(0 <= self.adam_beta1 < 1, "adam_beta1 must be at least 0 and below 1")
+        _require(0 <= self.adam_beta2 < 1, "adam_beta2 must be at least 0 and below 1")
+        _require(self.max_grad_norm >= 0, "max_grad_norm must not be negative (0: off)")
+        _require(self.max_length >= 0, "max_length must not be negative")
+        _require(self.logging_steps >= 1, "logging_steps must be at least 1")
 
 
 @dataclass(frozen=True)
@@ -79,8 +114,18 @@ class PreferenceConfig(TrainConfig):
     num_train_epochs: int = 1
     loss_type: str = "sigmoid"  # a name of srlm_kernels.losses.LOSSES; spa is set by the method
     beta: float = 0.1
+    label_smoothing: float = 0.0  # of sigmoid (cDPO) and robust
+    simpo_gamma: float = 0.5
     rpo_alpha: float = 0.0  # weight of the chosen response's mean negative log-likelihood
     reference: Literal["previous", "fixed"] = "previous"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require(self.beta > 0, "beta must be above 0")
+        _require(self.rpo_alpha >= 0, "rpo_alpha must not be negative")
+        _require(
+            0 <= self.label_smoothing < 0.5, "label_smoothing must be at least 0 and below 0.5"
+        )
 
 
 @dataclass(frozen=True)
@@ -94,6 +139,12 @@ class SamplingConfig:
     max_new_tokens: int = 1024
     keep_truncated: bool = False  # keep candidates that hit max_new_tokens
 
+    def __post_init__(self) -> None:
+        _require(self.num_candidates >= 2, "num_candidates must be at least 2: a pair needs two")
+        _require(self.top_k >= 0, "top_k must not be negative (0: off)")
+        _require(self.max_new_tokens >= 1, "max_new_tokens must be at least 1")
+        _require_sampling(self.temperature, self.top_p)
+
 
 @dataclass(frozen=True)
 class JudgeConfig:
@@ -106,6 +157,11 @@ class JudgeConfig:
     top_p: float = 0.9
     max_new_tokens: int = 512
 
+    def __post_init__(self) -> None:
+        _require(self.num_samples >= 1, "num_samples must be at least 1")
+        _require(self.max_new_tokens >= 1, "max_new_tokens must be at least 1")
+        _require_sampling(self.temperature, self.top_p)
+
 
 @dataclass(frozen=True)
 class EFTConfig:
@@ -115,6 +171,10 @@ class EFTConfig:
     target: Literal["judge", "rank"] = "judge"
     max_tries: int = 1  # judgings per ranked group until its order agrees
     modal_cap: float = 1.0  # rows of the modal score at most this many times the runner-up; 0: off
+
+    def __post_init__(self) -> None:
+        _require(self.max_tries >= 1, "max_tries must be at least 1")
+        _require(self.modal_cap >= 0, "modal_cap must not be negative (0: off)")
 
 
 @dataclass(frozen=True)
@@ -135,10 +195,25 @@ class PromptsConfig:
     max_words: int = 150
     keyword_filter: bool = True
 
+    def __post_init__(self) -> None:
+        _require(self.num_prompts >= 1, "num_prompts must be at least 1")
+        _require(self.max_new_tokens >= 1, "max_new_tokens must be at least 1")
+        _require(
+            self.max_calls >= 0, "max_calls must not be negative (0: twenty times num_prompts)"
+        )
+        _require(self.num_seed_demos >= 0, "num_seed_demos must not be negative")
+        _require(self.num_generated_demos >= 0, "num_generated_demos must not be negative")
+        _require(
+            self.num_seed_demos + self.num_generated_demos >= 1, "num_seed_demos: show one at least"
+        )
+        _require(0 <= self.rouge_l <= 1, "rouge_l must lie in 0..1")
+        _require(0 <= self.min_words <= self.max_words, "min_words must lie in 0..max_words")
+        _require_sampling(self.temperature, self.top_p)
+
 
 @dataclass(frozen=True)
 class SPAConfig:
-    """Spread Preference Annotation (papers.md 1.2)."""
+    """Spread Preference Annotation (arXiv 2406.04412, section 5.1)."""
 
     alpha: float = 0.1
     k_percent: float = 10.0
@@ -151,6 +226,17 @@ class SPAConfig:
     seed_learning_rate: float = 0.0  # 0: that of `preference`
     num_seed_pairs: int = 48  # where the task annotates on-policy samples instead of giving gold
 
+    def __post_init__(self) -> None:
+        _require(0 <= self.alpha <= 1, "alpha must lie in 0..1")
+        _require(0 <= self.k_percent <= 100, "k_percent must lie in 0..100")
+        _require(min(self.lambdas, default=-1.0) >= 0, "lambdas needs one value, none negative")
+        _require(0 <= self.warmup_fraction <= 1, "warmup_fraction must lie in 0..1")
+        _require(self.tau_window >= 0, "tau_window must not be negative (0: by the round's pairs)")
+        _require(self.tau_interval >= 0, "tau_interval must not be negative (0: once)")
+        _require(self.seed_epochs >= 1, "seed_epochs must be at least 1")
+        _require(self.seed_learning_rate >= 0, "seed_learning_rate must not be negative")
+        _require(self.num_seed_pairs >= 1, "num_seed_pairs must be at least 1")
+
 
 @dataclass(frozen=True)
 class EvaluateConfig:
@@ -162,6 +248,12 @@ class EvaluateConfig:
     top_p: float = 0.9
     num_judge_groups: int = 60
     greedy: bool = True
+
+    def __post_init__(self) -> None:
+        _require(self.num_prompts >= 1, "num_prompts must be at least 1")
+        _require(self.num_samples >= 1, "num_samples must be at least 1")
+        _require(self.num_judge_groups >= 0, "num_judge_groups must not be negative")
+        _require_sampling(self.temperature, self.top_p)
 
 
 @dataclass(frozen=True)
@@ -187,167 +279,24 @@ class Config:
     spa: SPAConfig = field(default_factory=SPAConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
 
+    def __post_init__(self) -> None:
+        _require(self.rounds >= 1, "rounds must be at least 1")
+        _require(self.num_threads >= 0, "num_threads must not be negative (0: torch's default)")
 
-def recipe_names() -> list[str]:
-    """Names of the recipes that ship with the package."""
-    folder = resources.files("srlm_fast") / "recipes"
-    return sorted(
-        p.name.removesuffix(".yaml") for p in folder.iterdir() if p.name.endswith(".yaml")
-    )
+    def input_files(self) -> list[Path]:
+        """The data files of the run; names of HF datasets are none."""
+        paths = [Path(getattr(self.data, name)) for name in INPUTS]
+        return [path for path in paths if path.is_file()]
 
-
-def load_config(recipe: str, overrides: Mapping[str, str] | None = None) -> Config:
-    """The configuration of a recipe (name or YAML file) with dotted overrides applied.
-
-    Raises UserError on an unknown recipe, an unknown key (with the nearest name) or a wrong value.
-    """
-    tree = _read_recipe(recipe)
-    scales = tree.pop("scales", {})
-    changes = {
-        key: yaml.safe_load(value) if value else "" for key, value in (overrides or {}).items()
-    }
-    scale = changes.get("sandbox.scale") or tree.get("sandbox", {}).get("scale", "full")
-    _merge(tree, scales.get(scale, {}))
-    for key, value in changes.items():
-        _set(tree, key.split("."), value)
-    config: Config = _build(Config, tree, "")
-    _check(config)
-    return config
+    def with_absolute_paths(self) -> Config:
+        """This configuration with what exists here named absolutely: a run may be resumed from
+        anywhere."""
+        data: dict[str, Any] = {name: _absolute(getattr(self.data, name)) for name in INPUTS}
+        return replace(self, model=_absolute(self.model), data=replace(self.data, **data))
 
 
-def to_yaml(config: Config) -> str:
-    """The whole configuration as a recipe file that gives it back."""
-    plain = yaml.safe_load(yaml.safe_dump(_lists(dataclasses.asdict(config))))
-    return yaml.safe_dump(plain, sort_keys=False)
+INPUTS = ("trees", "preferences", "prompts")
 
 
-def _check(config: Config) -> None:
-    """Refuse values that could only fail later, or do nothing."""
-    c = config
-    rules = {
-        "rounds must be at least 1": c.rounds >= 1,
-        "sampling.num_candidates must be at least 2, or there is no pair": c.sampling.num_candidates
-        > 1,
-        "sampling.max_new_tokens must be at least 1": c.sampling.max_new_tokens >= 1,
-        "judge.num_samples must be at least 1": c.judge.num_samples >= 1,
-        "judge.max_new_tokens must be at least 1": c.judge.max_new_tokens >= 1,
-        "preference.beta must be above 0": c.preference.beta > 0,
-        "sandbox.num_ift and num_eft must be at least 1": min(c.sandbox.num_ift, c.sandbox.num_eft)
-        > 0,
-        "prompts.num_prompts must be at least 1": c.prompts.num_prompts >= 1,
-        "prompts.rouge_l must lie in 0..1": 0 <= c.prompts.rouge_l <= 1,
-        "spa.lambdas needs at least one value, none negative": min(c.spa.lambdas, default=-1) >= 0,
-        "eft.max_tries must be at least 1": c.eft.max_tries >= 1,
-        "evaluate.num_prompts and num_samples must be at least 1": min(
-            c.evaluate.num_prompts, c.evaluate.num_samples
-        )
-        >= 1,
-        "data.split needs three shares (IFT, EFT, judge test) that sum to at most 1": len(
-            c.data.split
-        )
-        == 3
-        and min(c.data.split) >= 0
-        and sum(c.data.split) < 1 + 1e-9,
-    }
-    for name, train in (("sft", c.sft), ("preference", c.preference)):
-        rules[f"{name}.learning_rate must be above 0"] = train.learning_rate > 0
-        rules[f"{name}.num_train_epochs must be at least 1"] = train.num_train_epochs >= 1
-        batch = train.per_device_train_batch_size
-        rules[f"{name}.per_device_train_batch_size must be at least 1"] = batch >= 1
-        rules[f"{name}.warmup_ratio and min_lr_ratio must lie in 0..1"] = (
-            0 <= train.warmup_ratio <= 1 and 0 <= train.min_lr_ratio <= 1
-        )
-    for name, draw in (("sampling", c.sampling), ("judge", c.judge), ("prompts", c.prompts)):
-        rules[f"{name}.temperature must not be negative"] = draw.temperature >= 0
-        rules[f"{name}.top_p must be above 0 and at most 1"] = 0 < draw.top_p <= 1
-    for rule, holds in rules.items():
-        if not holds:
-            raise UserError(rule)
-
-
-def _read_recipe(recipe: str) -> dict[str, Any]:
-    path = Path(recipe)
-    if path.suffix in {".yaml", ".yml"} or path.is_file():
-        if not path.is_file():
-            raise UserError(
-                f"recipe file {recipe} does not exist; give a file or one of {recipe_names()}"
-            )
-        text = path.read_text(encoding="utf-8")
-    elif recipe in recipe_names():
-        text = (resources.files("srlm_fast") / "recipes" / f"{recipe}.yaml").read_text("utf-8")
-    else:
-        raise UserError(f"unknown recipe {recipe!r}{_nearest(recipe, recipe_names())}")
-    try:
-        tree = yaml.safe_load(text) or {}
-    except yaml.YAMLError as error:
-        raise UserError(f"recipe {recipe} is not valid YAML: {error}".replace("\n", " ")) from error
-    if not isinstance(tree, dict):
-        raise UserError(f"recipe {recipe} must be a mapping of keys to values")
-    return tree
-
-
-def _merge(tree: dict[str, Any], other: Mapping[str, Any]) -> None:
-    for key, value in other.items():
-        if isinstance(value, Mapping) and isinstance(tree.get(key), dict):
-            _merge(tree[key], value)
-        else:
-            tree[key] = value
-
-
-def _set(tree: dict[str, Any], path: Sequence[str], value: Any) -> None:
-    for key in path[:-1]:
-        tree = tree.setdefault(key, {})
-        if not isinstance(tree, dict):
-            raise UserError(f"--{'.'.join(path)}: {key} is a value, not a group of settings")
-    tree[path[-1]] = value
-
-
-def _build(cls: type[Any], tree: Any, prefix: str) -> Any:
-    if not isinstance(tree, Mapping):
-        raise UserError(
-            f"{prefix.rstrip('.') or 'the recipe'} must be a group of settings, not {tree!r}"
-        )
-    hints = typing.get_type_hints(cls)
-    for key in tree:
-        if key not in hints:
-            raise UserError(f"unknown setting {prefix}{key}{_nearest(str(key), list(hints))}")
-    return cls(**{key: _value(hints[key], value, prefix + key) for key, value in tree.items()})
-
-
-def _value(hint: Any, value: Any, name: str) -> Any:
-    """`value` as the field's type; YAML reads 1e-4 as a string, and lists where we hold tuples."""
-    if dataclasses.is_dataclass(hint):
-        return _build(typing.cast(type[Any], hint), value, name + ".")
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin is Literal:
-        if value not in args:
-            raise UserError(f"{name} must be one of {', '.join(args)}, not {value!r}")
-        return value
-    if origin is tuple:
-        items = value if isinstance(value, list | tuple) else [value]
-        return tuple(_value(args[0], item, name) for item in items)
-    if origin is types.UnionType:
-        return None if value is None else _value(args[0], value, name)
-    try:
-        if hint is float and isinstance(value, int | float | str) and not isinstance(value, bool):
-            return float(value)
-        if hint is int and isinstance(value, str | float) and float(value) == int(float(value)):
-            return int(float(value))
-    except ValueError:
-        pass
-    if hint is str and isinstance(value, int | float) and not isinstance(value, bool):
-        return str(value)
-    if type(value) is not hint:
-        raise UserError(f"{name} must be of type {hint.__name__}, not {value!r}")
-    return value
-
-
-def _lists(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {k: _lists(v) for k, v in value.items()}
-    return [_lists(v) for v in value] if isinstance(value, tuple | list) else value
-
-
-def _nearest(name: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
-    return f"; did you mean {close[0]}?" if close else f"; known are {', '.join(known)}"
+def _absolute(name: str) -> str:
+    return str(Path(name).resolve()) if name and Path(name).exists() else name

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -25,7 +27,7 @@ from srlm_fast.rounds.manifest import Run
 from srlm_fast.rounds.spa import spread_preference_annotation
 from srlm_fast.rounds.srlm import self_rewarding
 from srlm_fast.rounds.summary import summarise
-from srlm_fast.sandbox.pretrain import make_base_model
+from srlm_fast.sandbox.pretrain import RECORD, make_base_model
 from srlm_fast.sandbox.task import make_task
 from srlm_kernels.losses import LOSSES
 
@@ -83,18 +85,19 @@ def execute(job: Job, run: Run) -> str:
     summary = summarise(run, job.task)
     write_json(run.folder / "summary.json", summary)
     write_text(run.folder / "report.html", render_report(run.folder))
-    return summary_table(summary)
+    return "\n".join([summary_table(summary), "", *summary["notes"]])
 
 
 def _sandbox_model(config: Config, run: Run) -> Path:
     """M0, copied into the run folder: a resumed run starts from the very same weights."""
     folder = run.folder / "models" / "M0"
 
-    def make() -> dict[str, str]:
+    def make() -> dict[str, Any]:
         cached = make_base_model(config.sandbox, seed=config.seed, num_threads=config.num_threads)
         shutil.rmtree(folder, ignore_errors=True)
         shutil.copytree(cached, folder)
-        return {"cached": cached.name}
+        record: dict[str, Any] = json.loads((cached / RECORD).read_text("utf-8"))
+        return {"cached": cached.name, **record}
 
-    run.result("pretrain", make, file="models/M0/config.json")
+    run.result("pretrain", make, made="models/M0")
     return folder

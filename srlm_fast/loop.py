@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 import time
@@ -10,8 +11,9 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
-from srlm_fast.config import Config, load_config, recipe_names, to_yaml
+from srlm_fast.config import Config
 from srlm_fast.errors import UserError
+from srlm_fast.recipes import load_config, recipe_names, to_yaml
 
 RUNS = Path("runs")
 
@@ -20,6 +22,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a recipe. Exit code 0, 2 for a mistake before the run starts, 1 inside it, 130 Ctrl-C."""
     args, overrides = _parse(sys.argv[1:] if argv is None else list(argv))
     started = False
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal may lack the table's signs
+            stream.reconfigure(errors="replace")
     try:
         folder, config = _open(args, overrides)
         if args.print_config:
@@ -35,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.dry_run:
             print(plan(job.config, job.task, job.folder))
             return 0
-        run = Run(folder, config, versions())
+        run = Run(folder, config, versions(), config.input_files())
         started = True
         print(execute(job, run))
         print(f"report: {folder / 'report.html'}")
@@ -44,6 +49,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.debug:
             traceback.print_exc()
         print(f"srlm_fast: {error}", file=sys.stderr)
+        return 1 if started else 2
+    except Exception as error:
+        # A defect of ours or of the machine (out of memory): one line all the same.
+        if args.debug:
+            traceback.print_exc()
+        what = (str(error).strip() or "no message").splitlines()[0]
+        print(f"srlm_fast: {type(error).__name__}: {what} (--debug shows where)", file=sys.stderr)
         return 1 if started else 2
     except KeyboardInterrupt:
         hint = f"; go on with --resume --out {folder}" if started else ""
@@ -87,20 +99,25 @@ def _open(args: argparse.Namespace, overrides: dict[str, str]) -> tuple[Path, Co
         if not stored.is_file():
             raise UserError(f"{folder} holds no run to resume; check --out, or drop --resume")
         config = load_config(str(stored))
-        if (args.recipe or overrides) and load_config(
-            args.recipe or str(stored), overrides
-        ) != config:
+        given = load_config(args.recipe or str(stored), overrides).with_absolute_paths()
+        if (args.recipe or overrides) and given != config:
             raise UserError(
                 f"these settings differ from those of {folder}; drop them, or drop --resume"
             )
         return folder, config
     recipe = args.recipe or "sandbox-srlm"
-    config = load_config(recipe, overrides)
+    config = load_config(recipe, overrides).with_absolute_paths()
     if not config.model and not args.print_config:
         raise UserError(f"recipe {recipe} needs --model: a HuggingFace model folder or hub id")
     name = f"{Path(recipe).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
     folder = args.out or RUNS / name
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    try:
+        taken = folder.exists() and (
+            not folder.is_dir() or any(p.name != ".lock" for p in folder.iterdir())
+        )
+    except OSError as error:
+        raise UserError(f"--out {folder}: {error.strerror}; choose another folder") from error
+    if taken:
         raise UserError(
             f"{folder} already exists; add --resume to go on with it, or choose another --out"
         )

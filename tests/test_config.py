@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from srlm_fast.config import Config, load_config, recipe_names, to_yaml
+from srlm_fast.config import Config
 from srlm_fast.errors import UserError
+from srlm_fast.recipes import load_config, recipe_names, to_yaml
 
 
 @pytest.mark.parametrize("name", recipe_names())
@@ -41,6 +42,37 @@ def test_yaml_scientific_notation_is_a_number() -> None:
     assert load_config("spa", {"preference.learning_rate": "1e-4"}).preference.learning_rate == 1e-4
 
 
+def test_text_settings_are_taken_as_they_are() -> None:
+    """Not as YAML, where a # starts a comment, a date is a date and a bracket an error."""
+    for name in ("a #1.jsonl", "2024-01-01", "[x", "yes"):
+        assert load_config("srlm", {"data.trees": name}).data.trees == name
+
+
+@pytest.mark.parametrize("value", ["inf", "nan", "[1", "1.5", "one"])
+def test_numbers_must_be_numbers(value: str) -> None:
+    with pytest.raises(UserError, match="rounds must be a whole number"):
+        load_config("srlm", {"rounds": value})
+
+
+def test_recipes_hold_the_papers_numbers() -> None:
+    """arXiv 2401.10020 section 3.1; arXiv 2406.04412 section 5.1 and its released code."""
+    srlm, spa = load_config("srlm"), load_config("spa")
+    assert (srlm.sft.learning_rate, srlm.sft.min_lr_ratio) == (5.5e-6, 0.2)
+    assert (srlm.preference.learning_rate, srlm.preference.min_lr_ratio) == (1e-6, 0.1)
+    assert srlm.preference.beta == spa.preference.beta == 0.1
+    assert (srlm.sampling.num_candidates, srlm.sampling.temperature, srlm.sampling.top_p) == (
+        (4, 0.7, 0.9)
+    )
+    assert (srlm.judge.prompt, srlm.judge.num_samples) == ("additive", 3)
+    assert (srlm.prompts.temperature, srlm.prompts.top_p, srlm.prompts.rouge_l) == (0.6, 0.9, 0.7)
+    assert (srlm.prompts.num_seed_demos, srlm.prompts.num_generated_demos) == (6, 2)
+    assert spa.preference.learning_rate == 5e-7 and spa.preference.warmup_ratio == 0.1
+    assert spa.preference.per_device_train_batch_size == 32 and spa.rounds == 3
+    assert spa.spa.lambdas == (0.5, 0.25, 0.125)
+    assert (spa.spa.alpha, spa.spa.k_percent, spa.spa.warmup_fraction) == (0.1, 10.0, 0.2)
+    assert (spa.sampling.num_candidates, spa.sampling.max_new_tokens) == (2, 300)
+
+
 def test_configuration_is_frozen() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         Config().seed = 1  # type: ignore[misc]
@@ -52,10 +84,10 @@ def test_configuration_is_frozen() -> None:
         ("method: [", "not valid YAML"),
         ("- a\n- b", "must be a mapping"),
         ("preference: 3", "group of settings"),
-        ("seed: true", "must be of type int"),
+        ("seed: true", "must be a whole number"),
         ("sampling: {num_candidates: 1}", "at least 2"),
         ("preference: {beta: 0}", "above 0"),
-        ("data: {split: [0.5, 0.5]}", "three shares"),
+        ("data: {split: [0.5, 0.5]}", "three positive shares"),
         ("spa: {lambdas: []}", "lambdas"),
         ("judge: {top_p: 0}", "top_p"),
         ("dtype: float16", "one of auto, float32, bfloat16"),

@@ -21,6 +21,7 @@ FLOORS = (
     {"srlm_kernels"},
     {"errors"},
     {"config", "env"},
+    {"recipes"},
     {"data"},
     {"model"},
     {"sampler", "train"},

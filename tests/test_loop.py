@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from srlm_fast.config import Config, load_config
+from srlm_fast.config import Config
 from srlm_fast.loop import main
+from srlm_fast.recipes import load_config
 
 
 def complaint(capsys: pytest.CaptureFixture[str], *argv: str, code: int = 2) -> str:
@@ -52,7 +53,7 @@ def test_dry_run_starts_nothing(capsys: pytest.CaptureFixture[str], tmp_path: Pa
         (["--recipe", "nowhere.yaml"], "does not exist"),
         (["--preference.bta", "0.1"], "did you mean beta?"),
         (["--samplng.top_p", "0.1"], "did you mean sampling?"),
-        (["--rounds", "many"], "rounds must be of type int"),
+        (["--rounds", "many"], "rounds must be a whole number"),
         (["--rounds", "0"], "rounds"),
         (["--preference.loss_type", "sigmoidd"], "sigmoid"),
         (["--judge.prompt", "additiv"], "additive"),

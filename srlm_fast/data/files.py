@@ -6,7 +6,6 @@ import random
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
-from math import isclose
 from pathlib import Path
 
 from srlm_fast.config import Config
@@ -22,7 +21,7 @@ def task_from_files(config: Config) -> Task:
     srlm: message trees, split into IFT rows (the rank-0 reply), EFT groups and the judge's test
     groups (two ranked replies at least). The rounds' pool is `data.prompts`.
     spa: preference rows in the order of a seeded shuffle: gold pairs, test pairs, and of the rest
-    the prompts alone, as the rounds' pool, unless `data.prompts` gives one (papers.md 1.2).
+    the prompts alone, as the rounds' pool, unless `data.prompts` gives one (arXiv 2406.04412).
 
     Parts share no prompt, whatever its spacing and case. Test prompts are those of the test part;
     while they are fewer than `data.num_test_prompts`, prompts that no round needs join them.
@@ -110,8 +109,6 @@ def _split_by_prompt(
     groups: Sequence[RankedGroup], shares: Sequence[float], rng: random.Random
 ) -> tuple[list[RankedGroup], ...]:
     """Three parts with `shares` of the distinct prompts, in a shuffled order."""
-    if len(shares) != 3 or min(shares) <= 0 or not isclose(sum(shares), 1.0, abs_tol=1e-6):
-        raise UserError("data.split must be three positive shares (IFT, EFT, test) that sum to 1")
     by_prompt: dict[str, list[RankedGroup]] = {}
     for group in groups:
         by_prompt.setdefault(_key(group.prompt), []).append(group)

@@ -36,21 +36,21 @@ def read_trees(
     as in `OpenAssistant/oasst1`. Deleted messages, other languages and replies without a rank are
     left out, and then every tree that has no reply left.
     """
-    dropped = Counter() if dropped is None else dropped
+    left_out: Counter[str] = Counter()
     rows = _rows(source)
     if "parent_id" in rows[0]:
-        rows = _grow_trees(rows)
+        rows = _grow_trees(rows, source)
     groups = []
     for number, row in enumerate(rows, start=1):
         root = row.get("prompt")
         if not isinstance(root, dict) or "replies" not in root:
             raise _wrong_columns(source, number, row, "a message tree: prompt with replies")
         try:
-            group = _ranked_group(root, lang, dropped)
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            group = _ranked_group(root, lang, left_out)
+        except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
             raise UserError(f"{source}, row {number}: broken message tree: {error!r}") from error
         groups += [group] if group else []
-    return _some(groups, source, dropped)
+    return _some(groups, source, left_out, dropped)
 
 
 def read_preferences(source: str, dropped: Counter[str] | None = None) -> list[Preference]:
@@ -59,7 +59,7 @@ def read_preferences(source: str, dropped: Counter[str] | None = None) -> list[P
     Scores are `chosen_score`, `score_chosen` or `chosen-rating`, and their like of `rejected`. Rows
     with an empty reply, equal replies, or other than one turn after the prompt are left out.
     """
-    dropped = Counter() if dropped is None else dropped
+    left_out: Counter[str] = Counter()
     pairs = []
     for number, row in enumerate(_rows(source), start=1):
         if "chosen" not in row or "rejected" not in row:
@@ -75,12 +75,12 @@ def read_preferences(source: str, dropped: Counter[str] | None = None) -> list[P
             raise _wrong_columns(source, number, row, expected)
         replies = chosen[len(shared) :], rejected[len(shared) :]
         if reason := _unfit_replies(*replies):
-            dropped[f"pair: {reason}"] += 1
+            left_out[f"pair: {reason}"] += 1
             continue
         better, worse = (turns[0].content for turns in replies)
         scores = (_score(row, side, where) for side in ("chosen", "rejected"))
         pairs.append(Preference(prompt, better, worse, *scores))
-    return _some(pairs, source, dropped)
+    return _some(pairs, source, left_out, dropped)
 
 
 def read_prompts(source: str, dropped: Counter[str] | None = None) -> list[Prompt]:
@@ -88,24 +88,24 @@ def read_prompts(source: str, dropped: Counter[str] | None = None) -> list[Promp
 
     Of a conversation, the turns up to the last one of the user.
     """
-    dropped = Counter() if dropped is None else dropped
+    left_out: Counter[str] = Counter()
     if source.removesuffix(".gz").endswith(".txt"):
         lines = map(str.strip, read_text(source).split("\n"))
-        return _some([user(line) for line in lines if line], source, dropped)
+        return _some([user(line) for line in lines if line], source)
     prompts: list[Prompt] = []
     for number, row in enumerate(_rows(source), start=1):
         key = next((k for k in ("prompt", "instruction", "messages") if k in row), "")
         if not key:
             raise _wrong_columns(source, number, row, "prompt, instruction or messages")
         turns = _turns(row[key], "user", f"{source}, row {number}")
-        if key == "instruction" and row.get("input"):
+        if key == "instruction" and row.get("input") and turns:
             turns = user(f"{turns[0].content}\n\n{row['input']}")
         asked = max((i for i, m in enumerate(turns) if m.role == "user"), default=-1)
         if asked >= 0 and turns[asked].content.strip():
             prompts.append(turns[: asked + 1])
         else:
-            dropped["prompt: empty"] += 1
-    return _some(prompts, source, dropped)
+            left_out["prompt: empty"] += 1
+    return _some(prompts, source, left_out, dropped)
 
 
 def _rows(source: str) -> Sequence[Row]:
@@ -126,9 +126,19 @@ def _hub_rows(source: str) -> list[dict[str, Any]]:
         raise UserError(f"cannot load the HF dataset {source}: {error}") from error
 
 
-def _some(found: list[T], source: str, dropped: Mapping[str, int] | None = None) -> list[T]:
+def _some(
+    found: list[T],
+    source: str,
+    left_out: Mapping[str, int] | None = None,
+    dropped: Counter[str] | None = None,
+) -> list[T]:
+    """`found`, which must not be empty; what this source left out is added to `dropped`, which
+    counts for other sources too and so cannot say why this one is empty."""
+    left_out = left_out or {}
+    if dropped is not None:
+        dropped.update(left_out)
     if not found:
-        reasons = ", ".join(f"{reason} ({n})" for reason, n in (dropped or {}).items())
+        reasons = ", ".join(f"{reason} ({n})" for reason, n in left_out.items())
         raise UserError(f"{source} has no usable row: {reasons or 'it is empty'}")
     return found
 
@@ -138,10 +148,13 @@ def _wrong_columns(source: str, number: int, row: Row, expected: str) -> UserErr
     return UserError(f"{source}, row {number}: expected {expected}; found the columns {found}")
 
 
-def _grow_trees(messages: Sequence[Row]) -> list[Row]:
+def _grow_trees(messages: Sequence[Row], source: str) -> list[Row]:
     """Trees of depth one from flat messages."""
     replies = defaultdict(list)
-    for message in messages:
+    for number, message in enumerate(messages, start=1):
+        for key in ("parent_id", "message_id"):
+            if not isinstance(message.get(key), str | int | None):
+                raise UserError(f"{source}, row {number}: {key} is {message[key]!r}, not text")
         replies[message.get("parent_id")].append(message)
     return [
         {"prompt": {**r, "replies": replies[r.get("message_id")]}} for r in replies.pop(None, [])
@@ -213,5 +226,5 @@ def _score(row: Row, side: str, where: str) -> float | None:
     value = next((row[c] for n in SCORE_COLUMNS if (c := n.format(side)) in row), None)
     try:
         return None if value is None else float(value)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise UserError(f"{where}: the score of {side} is {value!r}, not a number") from error

@@ -11,8 +11,6 @@ from collections.abc import Iterable, Sequence
 from importlib import resources
 from typing import Any
 
-import jinja2
-
 from srlm_fast.data.records import Message, Prompt, user
 from srlm_fast.errors import UserError
 
@@ -121,10 +119,12 @@ class ChatTemplate:
             text: str = self.tokenizer.apply_chat_template(
                 quoted, tokenize=False, add_generation_prompt=open_turn
             )
-        except jinja2.TemplateError as error:
+        except Exception as error:  # a template is a program: besides jinja2's own, any kind
+            why = " ".join(str(error).split()) or type(error).__name__
             raise UserError(
                 f"chat template {self.name!r} refuses a conversation of "
-                f"{', '.join(m.role for m in messages)} turns: {error}"
+                f"{', '.join(m.role for m in messages)} turns: {why}; mend it, or name another "
+                f"with --template: {_names()}"
             ) from error
         return text
 

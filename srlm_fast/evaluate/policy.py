@@ -12,10 +12,12 @@ from srlm_fast.data.task import Task
 from srlm_fast.evaluate.correlation import mean, standard_error
 from srlm_fast.evaluate.labels import label_accuracy
 from srlm_fast.evaluate.responses import length_metrics, mean_scores, oracle_metrics, win_rate
-from srlm_fast.evaluate.reward_model import reward_model_metrics
+from srlm_fast.evaluate.reward_model import PERFECT_SCORE, reward_model_metrics
 
 Groups = Sequence[Sequence[Sample]]
 AsSamples = Callable[[Prompt, Sequence[str]], list[Sample]]
+
+UNBOUNDED = ("implicit", "longest")  # judges that do not score 0 to 5
 
 
 class Scorer(Protocol):
@@ -110,7 +112,9 @@ def _quality(
     if task.oracle:
         by_oracle, per_prompt = oracle_metrics(task.oracle, groups)
         by_judge["judged_by"] = "oracle"
-    elif judge:
+    elif judge and judge.name != "implicit":
+        # Not the implicit reward: on the model's own samples its mean is the KL divergence from
+        # pi_init, so a model that only drifts would win.
         verdicts = judge.score([group[0].prompt for group in groups], groups)
         per_prompt = mean_scores(_scores(verdicts))
         known = [score for score in per_prompt if score is not None]
@@ -144,7 +148,11 @@ def _judge_agreement(
     opinions = [opinion for verdict in flat for opinion in (verdict.votes or (verdict,))]
     return {
         "judge": judge.name,
-        **reward_model_metrics(_scores(verdicts), [group.ranks for group in ranked]),
+        **reward_model_metrics(
+            _scores(verdicts),
+            [group.ranks for group in ranked],
+            perfect=None if judge.name in UNBOUNDED else PERFECT_SCORE,
+        ),
         "parsed_share": mean([o.score is not None for o in opinions]),
         "invalid": dict(Counter(o.invalid or "no score" for o in opinions if o.score is None)),
     }

@@ -1,4 +1,4 @@
-"""How well a judge's scores agree with a known ranking (SRLM section 3.1.2, papers.md 2.5).
+"""How well a judge's scores agree with a known ranking (arXiv 2401.10020, section 3.1).
 
 The paper does not say what it does with tied scores, nor whether it averages over prompts or pools
 them, and its numbers fit no single convention. So each one is computed and named.
@@ -38,32 +38,37 @@ class Group(NamedTuple):
     scores: list[float]
     goodness: list[float]  # minus the human rank: higher is better, as for scores
     best: float  # the highest goodness in the prompt, unscored responses included
+    lost: int  # strictly ranked pairs in which a response has no score
     complete: bool  # every response has a score
 
 
 def reward_model_metrics(
-    scores: Sequence[Sequence[float | None]], ranks: Sequence[Sequence[float]]
+    scores: Sequence[Sequence[float | None]],
+    ranks: Sequence[Sequence[float]],
+    perfect: float | None = PERFECT_SCORE,
 ) -> dict[str, Any]:
     """Agreement of `scores` (higher is better) with `ranks` (0 is best), a row for each prompt.
 
-    A response whose score is None (unparsable) is left out, and counted in `unscored`. Whatever has
-    no defined value is None.
+    A response whose score is None (unparsable) is counted in `unscored`, and earns the judge
+    nothing: its pairs count as ties, its prompt's ordering as wrong, and correlations are those of
+    the scored responses, 0 where there are fewer than two. Whatever has no defined value is None.
 
     pairwise_accuracy: over the strictly ranked pairs of all prompts, by tie policy (`wrong`,
         `half`, `drop`, `right`); `_per_prompt`: the mean of each prompt's own accuracy.
-    five_best: share of the responses scored exactly 5 that share their prompt's best human rank;
+    five_best: share of the responses with the `perfect` score (None: the judge's scale has none)
+        that share their prompt's best human rank;
         `_per_prompt`: the mean over prompts that have such a response. `fives` counts them.
     exact_match: share of prompts whose whole ordering, ties included, is the human one. Prompts
-        with an unscored response or all human ranks equal are not asked.
+        whose human ranks are all equal are not asked.
     spearman, kendall_tau (tau-b): mean over the prompts with some human order. A judge who scores
         a whole prompt alike earns 0 there, and `constant_prompts` counts it. `_pooled`: one
         correlation over the responses of all prompts.
     """
     groups = [_group(s, r) for s, r in zip(scores, ranks, strict=True)]
-    ranked = [g for g in groups if len(set(g.goodness)) > 1]
+    ranked = [g for g, r in zip(groups, ranks, strict=True) if len(set(r)) > 1]
     counts = [_count_pairs(g) for g in ranked]
     pairs = PairCounts(*map(sum, zip(*counts, strict=True)))
-    fives = [_fives(g) for g in groups]
+    fives = [_fives(g, perfect) for g in groups]
     pooled = [s for g in groups for s in g.scores], [r for g in groups for r in g.goodness]
     return {
         "prompts": len(ranked),
@@ -80,7 +85,7 @@ def reward_model_metrics(
         },
         "five_best": mean([best for row in fives for best in row]),
         "five_best_per_prompt": _mean_defined([mean(row) for row in fives]),
-        "exact_match": mean([_same_order(g) for g in ranked if g.complete]),
+        "exact_match": mean([g.complete and _same_order(g) for g in ranked]),
         "spearman": _mean_correlation(spearman, ranked),
         "spearman_pooled": spearman(*pooled),
         "kendall_tau": _mean_correlation(kendall_tau, ranked),
@@ -90,7 +95,9 @@ def reward_model_metrics(
 
 def _group(scores: Sequence[float | None], ranks: Sequence[float]) -> Group:
     kept = [(s, -r) for s, r in zip(scores, ranks, strict=True) if s is not None]
+    ordered = sum(a != b for a, b in combinations(ranks, 2))
     return Group(
+        lost=ordered - sum(a != b for (_, a), (_, b) in combinations(kept, 2)),
         scores=[s for s, _ in kept],
         goodness=[g for _, g in kept],
         best=-min(ranks, default=0.0),
@@ -104,13 +111,13 @@ def _count_pairs(group: Group) -> PairCounts:
         for i, j in combinations(range(len(group.scores)), 2)
         if group.goodness[i] != group.goodness[j]
     ]
-    return PairCounts(agreements.count(1), agreements.count(0), agreements.count(-1))
+    return PairCounts(agreements.count(1), agreements.count(0) + group.lost, agreements.count(-1))
 
 
-def _fives(group: Group) -> list[bool]:
+def _fives(group: Group, perfect: float | None) -> list[bool]:
     """Of each response with a perfect score: is it (one of) the best by human rank?"""
     pairs = zip(group.scores, group.goodness, strict=True)
-    return [g == group.best for score, g in pairs if score == PERFECT_SCORE]
+    return [g == group.best for score, g in pairs if score == perfect]
 
 
 def _same_order(group: Group) -> bool:

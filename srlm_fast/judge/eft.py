@@ -11,7 +11,6 @@ from typing import Any
 
 from srlm_fast.config import EFTConfig
 from srlm_fast.data.records import Example, Judgement, RankedGroup
-from srlm_fast.errors import UserError
 from srlm_fast.judge.judge_prompt import JudgePrompt
 from srlm_fast.judge.parser import MAX_SCORE, through_score_line
 from srlm_fast.judge.prompted import PromptedJudge
@@ -48,7 +47,7 @@ def build_eft(
     if config.target == "rank":
         harvest = _from_ranks(ranked, prompt)
     elif judge is None:
-        raise UserError("eft.target=judge needs judge.kind=prompted; set eft.target=rank otherwise")
+        raise ValueError("target 'judge' needs a judge")
     else:
         harvest = _from_judge(judge, ranked, config.max_tries, prompt, seed)
     harvest.dropped["no strict order"] += len(groups) - len(ranked)

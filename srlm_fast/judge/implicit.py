@@ -12,7 +12,7 @@ from srlm_fast.sampler import Sampler
 class ImplicitJudge:
     """Scores log pi(y|x) - log pi_init(y|x), in nats, summed over the response ids as sampled.
 
-    Without beta: the order is the same (papers.md 1.5, number 5). Both terms are rescored by
+    Without beta: the order is the same. Both terms are rescored by
     `Sampler.score`, the policy's too, so that they share one numerical path (number 11). Without a
     `reference` the score is log pi(y|x). What is longer than the model's context is not scored.
     """

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
+from srlm_fast.data.jsonl import read_text
 from srlm_fast.data.records import Prompt, prompt_text, user
 from srlm_fast.errors import UserError
 
@@ -48,15 +49,17 @@ def judge_prompt_names() -> list[str]:
 def load_judge_prompt(name: str) -> JudgePrompt:
     """The judge prompt of this name, or of this text file.
 
-    Raises UserError on an unknown name (with the nearest one), a missing file or placeholder.
+    Raises UserError on an unknown name (with the nearest one), a missing or unreadable file, or a
+    missing placeholder.
     """
     path = Path(name)
     if name in judge_prompt_names():
         text = (_FOLDER / f"{name}.txt").read_text("utf-8")
-    elif path.is_file():
-        text = path.read_text("utf-8")
+    elif path.exists():
+        text = read_text(path).replace("\r\n", "\n")
     elif path.suffix or len(path.parts) > 1:
-        raise UserError(f"judge prompt file {name} does not exist")
+        known = ", ".join(judge_prompt_names())
+        raise UserError(f"judge prompt file {name} does not exist; give a file or one of {known}")
     else:
         close = difflib.get_close_matches(name, judge_prompt_names(), n=1, cutoff=0.4)
         hint = (

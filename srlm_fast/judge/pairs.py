@@ -14,22 +14,24 @@ def drop_unusable(
     """The candidates worth judging, in order, and how many were not, by reason.
 
     "truncated": unfinished at the token limit (unless `keep_truncated`); "empty": no text;
-    "duplicate": the token ids of an earlier candidate of the same prompt.
+    "duplicate": the token ids or the text of an earlier candidate of the same prompt.
     """
     dropped: Counter[str] = Counter()
     kept = []
     for group in candidates:
-        usable: dict[tuple[int, ...], Sample] = {}
+        usable: list[Sample] = []
+        seen: set[tuple[int, ...] | str] = set()
         for sample in group:
             if sample.finish_reason == "length" and not keep_truncated:
                 dropped["truncated"] += 1
             elif not sample.response.strip():
                 dropped["empty"] += 1
-            elif sample.response_ids in usable:
+            elif sample.response_ids in seen or sample.response in seen:
                 dropped["duplicate"] += 1
             else:
-                usable[sample.response_ids] = sample
-        kept.append(list(usable.values()))
+                usable.append(sample)
+                seen |= {sample.response_ids, sample.response}
+        kept.append(usable)
     return kept, dropped
 
 

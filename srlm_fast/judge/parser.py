@@ -13,6 +13,7 @@ from collections import deque
 MAX_SCORE = 5.0
 NO_SCORE = "no score"
 OUT_OF_RANGE = "out of range"
+NO_TOTAL = "a sum without its total"
 
 _SCORE = re.compile(
     r"""
@@ -22,11 +23,14 @@ _SCORE = re.compile(
     [:\uff1a]
     [\s*_"'`\u201c\u201d\u2018\u2019<\[({$]*+            # opening quote, bold or bracket
     (?P<value> [+\-\u2212]? \d+ (?: [.,] \d+ )? )        # all digits: 10 must not be read as 1
-    (?P<range> [-\u2013~] \d )?
+    (?P<range> \s* (?: [-\u2013~] | to\b ) \s* \d )?
+    (?P<sum> [\s*_]*+ [+=] [^\n]*+ )?                     # "1 + 1 + 1 = 3"
     (?: [\s*_]*+ (?: / | out\ of ) \s* (?P<scale> \d+ ) )?
     """,
     re.VERBOSE | re.IGNORECASE,
 )
+
+_TOTAL = re.compile(r".*=[\s*_]*([+\-\u2212]?\d+(?:[.,]\d+)?)")
 
 
 def parse_score(text: str) -> tuple[float | None, str | None]:
@@ -34,13 +38,19 @@ def parse_score(text: str) -> tuple[float | None, str | None]:
 
     Case, markdown, quotes, brackets, `4/5`, `4 out of 5`, decimals, a full-width colon and 得分 for
     "Score" are tolerated. A last verdict below 0 or above 5, on another scale (`4/10`) or naming a
-    range (`0-5`) is "out of range": no earlier verdict stands in for it. Without any verdict the
-    reason is "no score". Reference: papers.md section 3, "score regex".
+    range (`0-5`) is "out of range": no earlier verdict stands in for it. Of a sum (`1 + 1 = 2`) the
+    total counts. Without any verdict the reason is "no score".
     """
     match = _last_verdict(text)
     if match is None:
         return None, NO_SCORE
-    score = float(match["value"].replace(",", ".").replace("\u2212", "-"))
+    value = match["value"]
+    if match["sum"]:
+        total = _TOTAL.search(match["sum"])
+        if total is None:
+            return None, NO_TOTAL
+        value = total[1]
+    score = float(value.replace(",", ".").replace("\u2212", "-"))
     other_scale = match["scale"] is not None and float(match["scale"]) != MAX_SCORE
     if other_scale or match["range"] or not 0.0 <= score <= MAX_SCORE:
         return None, OUT_OF_RANGE

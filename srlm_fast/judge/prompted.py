@@ -65,7 +65,7 @@ class PromptedJudge:
         asked = [ids for ids, fit in zip(encoded, fits, strict=True) if fit]
         outputs = iter(self.sampler.generate(asked, params, progress="judging") if asked else [])
         return [
-            _mean([self.template.decode(c.token_ids) for c in next(outputs).outputs])
+            _mean([c.text for c in next(outputs).outputs])
             if fit
             else Judgement(None, invalid=TOO_LONG)
             for fit in fits

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
+from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging
@@ -27,12 +28,11 @@ def resolve_device(name: str) -> torch.device:
 
     Raises UserError when the name is unknown or the device is not there.
     """
+    if not re.fullmatch(r"auto|cpu|cuda(:(0|[1-9][0-9]?))?", name):
+        raise UserError(f"unknown device {name!r}; use auto, cpu, cuda or cuda:<index>")
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise UserError(f"unknown device {name!r}; use auto, cpu, cuda or cuda:<index>") from error
+    device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(
             f"device {name} is not here ({torch.cuda.device_count()} GPUs are visible); use auto"
@@ -46,8 +46,8 @@ def load_model(
     """The causal LM of `path` on `device`, in eval mode.
 
     `dtype` "auto" is the checkpoint's own on a GPU and float32 on the CPU. Remote code is never
-    run. Raises UserError when `path` is no model folder or hub id, its model is no causal LM or
-    its weights are incomplete.
+    run. Raises UserError when `path` is no model folder or hub id, its model is no causal LM, or
+    its weights are damaged, incomplete or another configuration's.
     """
     _check_path(path)
     if dtype == "auto" and device.type == "cpu":
@@ -58,11 +58,21 @@ def load_model(
         config = _causal_config(path)
         try:
             loaded: Any = AutoModelForCausalLM.from_pretrained(
-                path, config=config, dtype=dtype, trust_remote_code=False, output_loading_info=True
+                path,
+                config=config,
+                dtype=dtype,
+                trust_remote_code=False,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # reported, and refused below in plainer words
             )
-        except (OSError, ValueError, RuntimeError) as error:
+        except Exception as error:  # safetensors, torch and transformers have kinds of their own
             raise UserError(f"cannot load the weights of {path}: {_first(error)}") from error
     model, report = loaded
+    if report["mismatched_keys"]:
+        raise UserError(
+            f"the weights and the config.json of {path} do not belong together:"
+            f" {min(report['mismatched_keys'])[0]} has another shape; copy both from one model"
+        )
     if report["missing_keys"]:
         raise UserError(
             f"the weights of {path} are incomplete: {min(report['missing_keys'])} is missing"
@@ -74,7 +84,7 @@ def load_model(
 def load_tokenizer(path: str) -> Any:
     """The tokenizer of `path`; one without a pad token pads with its EOS.
 
-    Raises UserError when the folder has no tokenizer.
+    Raises UserError when the folder has no tokenizer, or a damaged one.
     """
     _check_path(path)
     folder = Path(path)
@@ -86,7 +96,7 @@ def load_tokenizer(path: str) -> Any:
     with quiet_transformers():
         try:
             tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except Exception as error:  # tokenizers raises a bare Exception
             raise UserError(f"cannot load the tokenizer of {path}: {_first(error)}") from error
     if tokenizer.pad_token is None and tokenizer.eos_token is not None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -107,6 +117,32 @@ def resolve_folder(path: str) -> Path:
         raise UserError(f"cannot get model {path} from the hub: {_first(error)}") from error
 
 
+def check_folder(path: str) -> int:
+    """The context length of the model of `path`, of which only the headers are read: what can be
+    found wrong before a run starts, without the time and memory that its weights take.
+
+    Raises UserError when it is no causal LM, has no weight files, or one is damaged or cut short.
+    """
+    folder = resolve_folder(path)
+    with quiet_transformers():
+        config = _causal_config(str(folder))
+    tensors = sorted(folder.glob("*.safetensors"))
+    if not tensors and not any(folder.glob("*.bin")):
+        raise UserError(
+            f"model folder {folder} has no weights (*.safetensors or *.bin); copy them into it"
+        )
+    for file in tensors:
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except Exception as error:
+            raise UserError(
+                f"cannot read the weights {file}: {_first(error)}; copy the file again (a git clone"
+                " needs git lfs pull)"
+            ) from error
+    return _context(config.get_text_config(decoder=True))
+
+
 def eos_token_ids(model: Any, tokenizer: Any = None) -> tuple[int, ...]:
     """Every id that ends a response, ascending: of the generation config, the configuration and
     the tokenizer together (chat models often name their end-of-turn token in only one of them)."""
@@ -121,7 +157,10 @@ def eos_token_ids(model: Any, tokenizer: Any = None) -> tuple[int, ...]:
 
 def context_length(model: Any) -> int:
     """Most tokens (prompt and response together) that the model's positions allow."""
-    config = text_config(model)
+    return _context(text_config(model))
+
+
+def _context(config: Any) -> int:
     for name in _CONTEXT_FIELDS:
         value = getattr(config, name, None)
         if isinstance(value, int) and value > 0:
@@ -152,10 +191,12 @@ def quiet_transformers() -> Iterator[None]:
 def _causal_config(path: str) -> Any:
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # wrong values raise kinds of huggingface_hub's own
         raise UserError(f"cannot read the configuration of {path}: {_first(error)}") from error
     known = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
-    saved = config.architectures or []  # BERT has a causal class too, but BertForMaskedLM is none
+    named = config.architectures or []
+    saved = [str(name) for name in (named if isinstance(named, list) else [named])]
+    # BERT has a causal class too, but BertForMaskedLM is none.
     if not known or (saved and not any(n == known or n.endswith(_CAUSAL_CLASSES) for n in saved)):
         raise UserError(
             f"{path} holds a {config.model_type!r} model ({', '.join(saved) or 'no architecture'}),"
@@ -183,4 +224,8 @@ def _dtype(name: str) -> torch.dtype:
 
 
 def _first(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    """What an error says, on one line: its first line, and the next one if that announces it."""
+    if isinstance(error, KeyError):
+        return f"unknown or missing {error}"
+    first, *more = str(error).strip().splitlines() or [type(error).__name__]
+    return f"{first} {more[0].strip()}" if more and first.endswith(":") else first

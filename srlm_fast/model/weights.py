@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from srlm_fast.errors import UserError
@@ -46,7 +47,7 @@ def save_model(model: PreTrainedModel, tokenizer: Any, folder: str | Path) -> No
     """Writes an ordinary HF folder: safetensors, configuration, tokenizer with chat template.
 
     It is written under a temporary name beside `folder` and renamed when complete; an older folder
-    of that name is replaced. Raises UserError when the disk is full.
+    of that name is replaced. Raises UserError when it cannot be written (disk full).
     """
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -59,9 +60,10 @@ def save_model(model: PreTrainedModel, tokenizer: Any, folder: str | Path) -> No
         if folder.exists():
             os.replace(folder, work / "old")
         os.replace(fresh, folder)
-    except OSError as error:
-        if error.errno == errno.ENOSPC:
-            raise UserError(f"the disk is full: cannot save the model to {folder}") from error
-        raise
+    except (OSError, SafetensorError) as error:
+        # safetensors has an exception of its own, which names the system's error in its text.
+        full = getattr(error, "errno", None) == errno.ENOSPC or "os error 28" in str(error)
+        why = "the disk is full; free some space" if full else str(error)
+        raise UserError(f"cannot save the model to {folder}: {why}") from error
     finally:
         shutil.rmtree(work, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""What Self-Instruct rejects by the look of the text alone (papers.md 2.3)."""
+"""What Self-Instruct rejects by the look of the text alone (arXiv 2212.10560)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""New prompts from old ones: the model continues a list of tasks (papers.md 2.3)."""
+"""New prompts from old ones: the model continues a list of tasks (arXiv 2212.10560)."""
 
 from __future__ import annotations
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import yaml
 
+from srlm_fast.data.jsonl import read_text
 from srlm_fast.data.records import Prompt, user
 from srlm_fast.errors import UserError
 
@@ -58,7 +59,7 @@ def one_line(text: str, separator: str = "") -> str:
 def _spaced(literal: str) -> str:
     """A pattern for `literal` with white space free, except that a line break must be one."""
     parts = (
-        re.escape(part) if part.strip() else r"\s*\n\s*" if "\n" in part else r"\s*"
+        re.escape(part) if part.strip() else r"[^\S\n]*\n\s*+" if "\n" in part else r"\s*"
         for part in re.split(r"(\s+)", literal)
         if part
     )
@@ -75,15 +76,19 @@ def task_list_names() -> list[str]:
 def load_task_list(name: str) -> TaskList:
     """The task list of this name, or of this YAML file.
 
-    Raises UserError on an unknown name (with the nearest one), a missing file or a wrong key.
+    Raises UserError on an unknown name (with the nearest one), a missing or unreadable file, or
+    a wrong key.
     """
     path = Path(name)
     if name in task_list_names():
         text = (_FOLDER / f"{name}.yaml").read_text("utf-8")
-    elif path.is_file():
-        text = path.read_text("utf-8")
+    elif path.exists():
+        text = read_text(path)
     elif path.suffix or len(path.parts) > 1:
-        raise UserError(f"prompt template file {name} does not exist")
+        known = ", ".join(task_list_names())
+        raise UserError(
+            f"prompt template file {name} does not exist; give a file or one of {known}"
+        )
     else:
         close = difflib.get_close_matches(name, task_list_names(), n=1, cutoff=0.4)
         hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(task_list_names())}"
@@ -94,12 +99,15 @@ def load_task_list(name: str) -> TaskList:
 def _parse(name: str, text: str) -> TaskList:
     try:
         tree = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UserError(
-            f"prompt template {name} is not YAML: {error}".replace("\n", " ")
-        ) from error
+    except (
+        yaml.YAMLError,
+        ValueError,
+        RecursionError,
+    ) as error:  # ValueError: 2024-13-45 is no day
+        why = " ".join(str(error).split())
+        raise UserError(f"prompt template {name} is not YAML: {why}") from error
     keys = [f.name for f in fields(TaskList)]
-    if not isinstance(tree, dict) or sorted(tree) != sorted(keys):
+    if not isinstance(tree, dict) or set(tree) != set(keys):
         raise UserError(f"prompt template {name} must have exactly the keys {', '.join(keys)}")
     if not all(isinstance(value, str) for value in tree.values()):
         raise UserError(f"prompt template {name}: the values of all keys must be strings")

@@ -65,7 +65,7 @@ class Engine:
         load_weights(self.model, folder)
 
     def sft(self, name: str, examples: Sequence[Example]) -> None:
-        """Fine-tune the resident model on `examples` into model `name` (papers.md 2.4)."""
+        """Fine-tune the resident model on `examples` into model `name`."""
 
         def train() -> dict[str, Any]:
             rows = [self._tokens(e.prompt, e.response) for e in examples]
@@ -132,6 +132,8 @@ class Engine:
         params = SamplingParams(**(settings | changes))
         ids = [self.template.encode_prompt(p) for p in prompts]
         fits = [i for i, x in enumerate(ids) if len(x) + cfg.max_new_tokens <= self.context]
+        if not prompts:
+            raise UserError(f"there are no prompts to sample from ({stage}); give some")
         if not fits:
             raise UserError(
                 f"no prompt leaves room for sampling.max_new_tokens = {cfg.max_new_tokens} in the "
@@ -203,7 +205,7 @@ class Engine:
             save_model(self.model, self.tokenizer, self.folder(name))
             return summary
 
-        self.run.result(stage, train_and_save, file=f"models/{name}/config.json")
+        self.run.result(stage, train_and_save, made=f"models/{name}")
         return None
 
     def _tokens(self, prompt: Prompt, response: str) -> Tokens:

@@ -8,12 +8,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from srlm_fast.data.jsonl import read_jsonl
+from srlm_fast.data.exports import alpaca_eval_rows
+from srlm_fast.data.jsonl import read_jsonl, write_json
 from srlm_fast.data.records import Pair, Prompt, Sample
 from srlm_fast.data.task import Task
 from srlm_fast.evaluate.labels import flag_metrics
 from srlm_fast.evaluate.policy import evaluate_model
-from srlm_fast.judge.base import text_samples
+from srlm_fast.judge.base import Judge, text_samples
 from srlm_fast.rounds.engine import Engine
 
 
@@ -27,7 +28,8 @@ def evaluate(
     initial: Path | None = None,
     pairs: Sequence[Pair] = (),
 ) -> None:
-    """Evaluate the resident model as `name`; samples go to evaluation/<name>.jsonl.
+    """Evaluate the resident model as `name`; samples go to evaluation/<name>.jsonl,
+    the first of each prompt to evaluation/<name>.alpaca_eval.json too.
 
     previous: the model to win against. initial: pi_init, for the implicit reward (SPA).
     pairs: what the model was trained on.
@@ -43,6 +45,9 @@ def evaluate(
 
     def make() -> tuple[list[Sample], dict[str, Any]]:
         judge = engine.judge("evaluate", initial or engine.base)
+        implicit: Judge | None = judge if judge.name == "implicit" else None
+        if implicit is None and initial and task.test_pairs:
+            implicit = engine.implicit(initial)
         before = read_jsonl(run.folder / f"evaluation/{previous}.jsonl", Sample) if previous else []
         metrics, samples = evaluate_model(
             name,
@@ -52,13 +57,15 @@ def evaluate(
             task=task,
             config=engine.config,
             judge=judge,
-            implicit=engine.implicit(initial) if initial and task.test_pairs else None,
+            implicit=implicit,
             previous=(previous, before) if previous else None,
             pairs=pairs,
         )
         flags = run.info(f"train/{name}").get("flags")
         if flags and task.oracle:
             metrics["flags"] = flag_metrics(task.oracle, pairs, flags)
+        rows = alpaca_eval_rows(samples[:: engine.config.evaluate.num_samples], name)
+        write_json(run.folder / f"evaluation/{name}.alpaca_eval.json", rows)
         return samples, metrics
 
     run.records(f"evaluation/{name}", Sample, make)

@@ -17,10 +17,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from srlm_fast.config import Config, to_yaml
-from srlm_fast.data.jsonl import read_jsonl, write_json, write_jsonl, write_text
+from srlm_fast.config import Config
+from srlm_fast.data.jsonl import read_jsonl, to_json, write_json, write_jsonl, write_text
 from srlm_fast.data.records import Record
 from srlm_fast.errors import UserError
+from srlm_fast.recipes import to_yaml
 
 R = TypeVar("R", bound=Record)
 Info = Mapping[str, Any]
@@ -34,10 +35,18 @@ def stage_seed(seed: int, name: str) -> int:
 class Run:
     """One run folder, locked while it is open.
 
-    Raises UserError when the folder is in use, holds another run, or was edited since.
+    versions: of this process; the manifest keeps every set that the run has been made with.
+    inputs: the user's data files, which must not change while a run is unfinished.
+    Raises UserError when the folder is in use, cannot be written or is not this run's.
     """
 
-    def __init__(self, folder: Path, config: Config, versions: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        config: Config,
+        versions: Mapping[str, str],
+        inputs: Sequence[Path] = (),
+    ) -> None:
         self.folder = folder
         self.config = config
         self._path = folder / "manifest.json"
@@ -50,11 +59,21 @@ class Run:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise UserError(f"{folder} is in use by another run; wait, or choose --out") from error
+        identity = {
+            "config": hashlib.sha256(to_yaml(config).encode()).hexdigest(),
+            "inputs": {str(path): _sha256(path) for path in inputs},
+        }
         if self._path.is_file():
-            self.manifest = json.loads(self._path.read_text(encoding="utf-8"))
+            self.manifest = self._read()
+            self._check(identity)
         else:
-            self.manifest = {"seed": config.seed, "versions": dict(versions), "stages": {}}
+            strange = {p.name for p in folder.iterdir()} - {".lock", "config.yaml"}
+            if strange:
+                raise UserError(f"{folder} has files but no manifest.json; choose another --out")
+            self.manifest = {**identity, "versions": [], "stages": {}}
             write_text(folder / "config.yaml", to_yaml(config))
+        if dict(versions) not in self.manifest["versions"]:
+            self.manifest["versions"].append(dict(versions))
             self._save()
         self._cut_metrics()
 
@@ -97,12 +116,13 @@ class Run:
                 stage["files"] = {f"{name}.jsonl": _sha256(path)}
         return read_jsonl(path, cls)
 
-    def result(self, name: str, make: Callable[[], Info], file: str = "") -> dict[str, Any]:
-        """A stage that makes a small JSON object, kept in the manifest, and perhaps `file`."""
+    def result(self, name: str, make: Callable[[], Info], made: str = "") -> dict[str, Any]:
+        """A stage that makes a small JSON object, kept in the manifest, and maybe a folder."""
         if not self.done(name):
             with self._timed(name) as stage:
                 stage["info"] = dict(make())
-                stage["files"] = {file: _sha256(self.folder / file)} if file else {}
+                files = sorted((self.folder / made).iterdir()) if made else []
+                stage["files"] = {f"{made}/{p.name}": _sha256(p) for p in files}
         return self.info(name)
 
     def logger(self, name: str) -> Callable[[dict[str, float]], None]:
@@ -111,7 +131,7 @@ class Run:
 
         def log(row: dict[str, float]) -> None:
             with path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"stage": name, **row}) + "\n")
+                file.write(to_json({"stage": name, **row}) + "\n")
 
         return log
 
@@ -126,15 +146,38 @@ class Run:
         self.manifest["stages"][name] = stage
         self._save()
 
+    def _read(self) -> dict[str, Any]:
+        try:
+            manifest: dict[str, Any] = json.loads(self._path.read_text(encoding="utf-8"))
+            if not {"config", "inputs", "versions", "stages"} <= manifest.keys():
+                raise ValueError("keys are missing")
+        except (ValueError, AttributeError) as error:
+            raise UserError(
+                f"{self._path} is damaged ({error}); restore it, or start a new run"
+            ) from error
+        return manifest
+
+    def _check(self, identity: Mapping[str, Any]) -> None:
+        if self.manifest["config"] != identity["config"]:
+            raise UserError(
+                f"{self.folder / 'config.yaml'} was changed after the run began; restore it, or "
+                "start a new run with --recipe and another --out"
+            )
+        for path, digest in identity["inputs"].items():
+            if self.manifest["inputs"].get(path) != digest:
+                raise UserError(
+                    f"{path} was changed after the run began; restore it, or start a new run"
+                )
+
     def _save(self) -> None:
         write_json(self._path, self.manifest)
 
     def _cut_metrics(self) -> None:
         """Drop the metrics that an unfinished stage wrote before the run was killed."""
         path = self.folder / "metrics.jsonl"
-        stages = self.manifest["stages"].values()
-        if path.exists():
-            os.truncate(path, max((s["metrics_bytes"] for s in stages), default=0))
+        end = max((s["metrics_bytes"] for s in self.manifest["stages"].values()), default=0)
+        if path.exists() and path.stat().st_size > end:
+            os.truncate(path, end)
 
 
 def _sha256(path: Path) -> str:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
-from typing import Any
+
+from safetensors import safe_open
 
 from srlm_fast.config import Config
 from srlm_fast.data.task import Task
 from srlm_fast.env import OPS
+from srlm_fast.model.load import resolve_device
 from srlm_kernels import explain
-
-BYTES = {"float32": 4, "bfloat16": 2}
 
 
 def plan(config: Config, task: Task, folder: Path | None) -> str:
@@ -40,33 +41,67 @@ def _stages(config: Config, task: Task) -> list[tuple[str, str]]:
     if config.method == "srlm":
         stages += [
             ("SFT baseline", f"{len(task.ift)} IFT rows x {config.sft.num_train_epochs} epochs"),
-            ("EFT", f"{len(task.eft)} ranked groups, {config.eft.max_tries} tries at most"),
+            ("EFT", _eft(config, task)),
             ("M1", "IFT + EFT"),
         ]
     else:
         gold = len(task.gold) or config.spa.num_seed_pairs
         stages += [("SFT", f"{len(task.ift)} IFT rows")] if task.ift else []
         stages += [("seed DPO", f"{gold} gold pairs x {config.spa.seed_epochs} epochs")]
+    loss = "spa" if config.method == "spa" else config.preference.loss_type
     votes = config.judge.num_samples if config.judge.kind == "prompted" else 1
+    judged = f"{count * n} x {votes} votes"
+    if config.judge.kind == "prompted":
+        judged += f", {count * n * votes * config.judge.max_new_tokens:,} tokens"
     for t in range(1, config.rounds + 1):
         stages += [
             (f"round {t}: prompts", f"{count} by {cfg.source}"),
             (f"round {t}: candidates", sampled),
-            (f"round {t}: judging", f"{config.judge.kind}, at most {count * n} x {votes} votes"),
-            (f"round {t}: preference", f"at most {count} pairs, {config.preference.loss_type}"),
+            (f"round {t}: judging", f"{config.judge.kind}, at most {judged}"),
+            (f"round {t}: preference", f"at most {count} pairs, {loss}"),
         ]
     return stages
 
 
+def _eft(config: Config, task: Task) -> str:
+    if not config.eft.enabled:
+        return "off"
+    if config.eft.target == "rank":
+        return f"{len(task.eft)} ranked groups, scores from the ranks"
+    return f"{len(task.eft)} ranked groups, {config.eft.max_tries} tries at most"
+
+
 def _memory(config: Config, folder: Path | None) -> list[str]:
+    """Weights, gradients and AdamW's state: 20 bytes a parameter while a preference loss trains.
+
+    fp32: policy 4, reference 4, gradient 4, moments 8. bf16: policy 2, reference 2, and in fp32
+    master weights 4, gradient 4, moments 8.
+    """
     if folder is None:
         return ["under 0.1 GB: the sandbox's model has 0.8M parameters"]
-    weights = sum(p.stat().st_size for p in folder.glob("*.safetensors"))
-    settings: dict[str, Any] = json.loads((folder / "config.json").read_text("utf-8"))
-    stored = BYTES.get(str(settings.get("dtype") or settings.get("torch_dtype")), 4)
-    size = weights // stored * BYTES.get(config.dtype, stored)
+    count = _parameters(folder)
+    if count is None:
+        return ["unknown: the folder has no safetensors to count parameters in"]
+    size = 2 if _is_bf16(config, folder) else 4
     return [
-        f"policy {size / 1e9:.2f} GB, reference {size / 1e9:.2f} GB",
-        f"gradients {size / 1e9:.2f} GB, AdamW {2 * size / 1e9:.2f} GB",
-        f"training peak about {5 * size / 1e9:.2f} GB",
+        f"{count / 1e6:,.1f}M parameters in {'bf16' if size == 2 else 'fp32'}",
+        f"sampling and judging {count * size / 1e9:.2f} GB, plus keys and values",
+        f"training {count * 20 / 1e9:.2f} GB, plus activations",
     ]
+
+
+def _parameters(folder: Path) -> int | None:
+    shapes: dict[str, list[int]] = {}
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            names = file.keys()
+            shapes |= {name: file.get_slice(name).get_shape() for name in names}
+    return sum(math.prod(shape) for shape in shapes.values()) or None
+
+
+def _is_bf16(config: Config, folder: Path) -> bool:
+    if config.dtype != "auto":
+        return config.dtype == "bfloat16"
+    settings = json.loads((folder / "config.json").read_text("utf-8"))
+    stored = str(settings.get("dtype") or settings.get("torch_dtype"))
+    return resolve_device(config.device).type == "cuda" and stored == "bfloat16"

@@ -1,4 +1,4 @@
-"""Spread Preference Annotation (arXiv 2406.04412, Algorithm 1; papers.md section 1)."""
+"""Spread Preference Annotation (arXiv 2406.04412, Algorithm 1)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Self-Rewarding Language Models (arXiv 2401.10020; papers.md section 2)."""
+"""Self-Rewarding Language Models (arXiv 2401.10020)."""
 
 from __future__ import annotations
 
@@ -19,8 +19,9 @@ def self_rewarding(engine: Engine, task: Task) -> None:
 
     SFT baseline = SFT(M0; IFT), M1 = SFT(M0; IFT + EFT), M(t+1) = DPO(M(t); AIFT(M(t))).
     """
+    initial = engine.folder("SFT")
     engine.sft("SFT", task.ift)
-    evaluate(engine, task, "SFT")
+    evaluate(engine, task, "SFT", initial=initial)
 
     # The baseline judges human-ranked responses; where it agrees with the ranks, its judgements
     # teach the next model to judge (evaluation fine-tuning data).
@@ -28,13 +29,13 @@ def self_rewarding(engine: Engine, task: Task) -> None:
 
     engine.use(engine.base)
     engine.sft("M1", [*task.ift, *eft])
-    evaluate(engine, task, "M1", previous="SFT")
+    evaluate(engine, task, "M1", previous="SFT", initial=initial)
 
     for t in range(1, engine.config.rounds + 1):
         name = f"M{t + 1}"
         prompts = round_prompts(engine, task, t)
         samples = candidates(engine, prompts, t)
-        verdicts = judgements(engine, samples, t)
+        verdicts = judgements(engine, samples, t, initial=initial)
         pairs = best_and_worst(engine, samples, verdicts, t)
         engine.dpo(name, pairs, fixed=engine.folder("M1"))
-        evaluate(engine, task, name, round=t, previous=f"M{t}", pairs=pairs)
+        evaluate(engine, task, name, round=t, previous=f"M{t}", initial=initial, pairs=pairs)

@@ -29,6 +29,7 @@ from srlm_fast.prompts.self_instruct import new_prompts
 from srlm_fast.rounds.engine import Engine
 
 T = TypeVar("T")
+NO_PAIRS = "start a new run that samples more candidates, at a higher temperature"
 
 
 def evaluation_data(engine: Engine, task: Task) -> list[Example]:
@@ -50,7 +51,11 @@ def evaluation_data(engine: Engine, task: Task) -> list[Example]:
             )
         return build_eft(judge, task.eft, config.eft, prompt, seed=engine.run.seed("eft"))
 
-    return engine.run.records("seed/eft", Example, make)
+    return _some(
+        engine.run.records("seed/eft", Example, make),
+        "no ranked group gave evaluation data: the baseline never ordered one as humans did; set "
+        "--eft.target rank to take scores from the ranks, or --eft.enabled false",
+    )
 
 
 def seed_pairs(engine: Engine, task: Task) -> list[Pair]:
@@ -71,7 +76,10 @@ def seed_pairs(engine: Engine, task: Task) -> list[Pair]:
         pairs, ties = select_pairs(groups, verdicts, round=0)
         return pairs[: config.spa.num_seed_pairs], {"dropped": dict(dropped + unusable + ties)}
 
-    return _some(engine.run.records("seed/pairs", Pair, make), "the gold seed has no usable pair")
+    return _some(
+        engine.run.records("seed/pairs", Pair, make),
+        f"the gold seed has no usable pair; {NO_PAIRS}",
+    )
 
 
 def round_prompts(engine: Engine, task: Task, t: int) -> list[Prompt]:
@@ -81,7 +89,8 @@ def round_prompts(engine: Engine, task: Task, t: int) -> list[Prompt]:
     def make() -> tuple[list[PromptRow], dict[str, Any]]:
         if config.source == "self_instruct":
             earlier = [r.prompt for s in range(1, t) for r in _prompt_rows(engine, s)]
-            avoid = [prompt_text(p) for p in (*earlier, *task.test_prompts)]
+            held_out = (*task.test_prompts, *(g.prompt for g in task.judge_test))
+            avoid = [prompt_text(p) for p in (*earlier, *held_out)]
             prompts, counts = new_prompts(
                 engine.sampler,
                 engine.template,
@@ -138,10 +147,17 @@ def judgements(
         return flat, {"judge": judge.name, "dropped": dict(dropped), "parsed_share": parsed}
 
     verdicts = engine.run.records(f"round-{t}/judgements", Judgement, make)
-    if all(v.score is None for v in verdicts):
+    if not verdicts:
+        why = engine.run.info(f"round-{t}/judgements")["dropped"]
         raise UserError(
-            f"round {t}: none of {len(verdicts)} judgements gave a score; try "
-            "--judge.kind expected, a shorter --judge.prompt, or a stronger model"
+            f"round {t} has no candidate to judge (dropped: {why}); start a new run with a larger "
+            "--sampling.max_new_tokens, or --sampling.keep_truncated true"
+        )
+    if all(v.score is None for v in verdicts):
+        why = dict(Counter(v.invalid or "no score" for v in verdicts))
+        raise UserError(
+            f"round {t}: none of {len(verdicts)} judgements gave a score ({why}); start a new run "
+            "with --judge.kind expected, a shorter --judge.prompt, or a stronger model"
         )
     return verdicts
 
@@ -162,9 +178,7 @@ def best_and_worst(
 
     pairs = engine.run.records(f"round-{t}/pairs", Pair, make)
     why = engine.run.info(f"round-{t}/pairs")["dropped"]
-    return _some(
-        pairs, f"round {t} made no preference pair (dropped: {why}); sample more or hotter"
-    )
+    return _some(pairs, f"round {t} made no preference pair (dropped: {why}); {NO_PAIRS}")
 
 
 def _prompt_rows(engine: Engine, t: int) -> list[PromptRow]:

@@ -8,11 +8,8 @@ from typing import Any
 from srlm_fast.data.task import Task
 from srlm_fast.rounds.manifest import Run
 
-# Said in every sandbox report, because the table alone would let a reader believe otherwise.
-SANDBOX_NOTES = (
-    "The oracle made the seed data and this evaluation; it judged and labelled nothing in a round.",
-    "What improves is style (relevance, substance, form). Exactness is kept at best, and agreement "
-    "of the judge with the oracle stays flat from round to round.",
+ORACLE_NOTE = (
+    "The oracle made the seed data and this evaluation; it judged and labelled nothing in a round."
 )
 
 
@@ -34,14 +31,39 @@ def summarise(run: Run, task: Task) -> dict[str, Any]:
         "data_dropped": dict(task.dropped),
         "seed": config.seed,
         "config": dataclasses.asdict(config),
-        "versions": run.manifest["versions"],
+        "versions": run.manifest["versions"][-1],
         "stages": [
             {"name": name, "seconds": s["seconds"], "rows": s.get("rows"), "tokens": _tokens(s)}
             for name, s in stages.items()
         ],
         "models": [_model(run, name, max(i - 1, 0)) for i, name in enumerate(names)],
-        "notes": list(SANDBOX_NOTES) if task.oracle else [],
+        "base_model": run.info("pretrain") or {"folder": config.model},
+        "notes": _notes(run, task),
     }
+
+
+def _notes(run: Run, task: Task) -> list[str]:
+    """What a reader of the numbers must know and would not see in them."""
+    notes = [ORACLE_NOTE] if task.oracle else []
+    base = run.info("pretrain")
+    if base.get("capped"):
+        notes.append(
+            f"The base model's pre-training was cut to {base['steps']} steps by its time limit, so "
+            "these numbers depend on this machine's speed."
+        )
+    if base and base["exact"]["all"] < run.config.sandbox.min_exact:
+        notes.append(
+            f"The base model copies {base['exact']['all']:.2f} of the test prompts, below the gate "
+            f"of {run.config.sandbox.min_exact:g}: expect weaker rounds."
+        )
+    if len(run.manifest["versions"]) > 1:
+        notes.append("The run was resumed with other library versions; manifest.json lists them.")
+    if run.config.preference.reference == "fixed":
+        notes.append("The reference is fixed, so margins do not start at 0; that check is off.")
+    if task.dropped:
+        lost = ", ".join(f"{reason} {n}" for reason, n in task.dropped.items())
+        notes.append(f"Dropped while reading the data: {lost}.")
+    return notes
 
 
 def _model(run: Run, name: str, round: int) -> dict[str, Any]:

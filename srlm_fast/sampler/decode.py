@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -60,6 +61,7 @@ class BatchDecoder:
         params: SamplingParams,
         stops: Stops,
         on_end: Callable[[int, int], None],
+        slab_attention: bool = True,
     ) -> None:
         self._decoder = decoder(model)
         self._config = text_config(model)
@@ -67,6 +69,7 @@ class BatchDecoder:
         self._params = params
         self._stops = stops
         self._on_end = on_end  # called with the numbers of rows and tokens that have ended
+        self._slab_attention = slab_attention
         self._device = head.weight.device
         self._vocab = len(head.weight)
         self._is_stop = stops.flags(self._vocab, self._device)
@@ -82,7 +85,8 @@ class BatchDecoder:
         rows: list[Row | None] = [None] * len(seeds)
         logits = self._head.logits(states).repeat_interleave(params.n, 0)
         width = max(map(len, prompts))
-        with decode_attention(self._config, self._device):
+        attention = decode_attention(self._config, self._device)
+        with attention if self._slab_attention else nullcontext():
             for step in range(params.max_tokens):
                 self._draw(live, logits, step)
                 keep = self._retire(live, rows, step + 1)

@@ -37,8 +37,9 @@ class Sampler:
     equal candidates.
 
     `eos_ids` adds to the EOS ids of the model and the tokenizer. `batch_tokens` bounds the tokens
-    whose keys and values are held at once (0: by the memory at hand). `backend` names the path
-    that serves this model. Raises UserError for a model that cannot be decoded this way.
+    whose keys and values are held at once (0: by the memory at hand). `impl`: "slab" decodes with
+    our own attention where that is faster, "reference" with the model's; "auto" is "slab", and
+    `backend` says which. Raises UserError for a model that cannot be decoded this way.
     """
 
     def __init__(
@@ -50,12 +51,12 @@ class Sampler:
         eos_ids: Iterable[int] = (),
         batch_tokens: int = 0,
     ) -> None:
-        if impl not in ("auto", "slab"):
-            raise ValueError(f"impl must be auto or slab, not {impl!r}")
+        if impl not in ("auto", "slab", "reference"):
+            raise ValueError(f"impl must be auto, slab or reference, not {impl!r}")
         check_model(model)
         self.model = model
         self.tokenizer = tokenizer
-        self.backend = "slab"
+        self.backend = "slab" if impl == "auto" else impl
         self.eos_ids = tuple(sorted({*eos_token_ids(model, tokenizer), *eos_ids}))
         self.context = context_length(model)
         self.batch_tokens = batch_tokens or default_batch_tokens(model)
@@ -126,7 +127,14 @@ class Sampler:
             total=len(prompts) * n, desc=progress, unit="seq", disable=None if progress else True
         )
         with bar, inference(self.model):
-            decoder = BatchDecoder(self.model, lm_head(self.model), params, stops, _Meter(bar))
+            decoder = BatchDecoder(
+                self.model,
+                lm_head(self.model),
+                params,
+                stops,
+                _Meter(bar),
+                slab_attention=self.backend == "slab",
+            )
             for batch in batches:
                 part = [prompts[i] for i in batch]
                 seeds = [row_seed(params.seed, p, i) for p in part for i in range(n)]

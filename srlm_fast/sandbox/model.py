@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 LAYERS = 4
 # The library's 0.02 leaves the tied embedding so small that copying does not emerge within the
-# budget, whatever the learning rate; 0.08 to 0.5 all work (reference/sandbox.md section 8).
+# budget, whatever the learning rate; 0.08 to 0.5 all work.
 EMBEDDING_STD = 0.15
 MATRIX_STD = 0.08
 # Positions run to 256: with the library's 10000 most rotary frequencies hardly turn, and heads that

@@ -8,11 +8,13 @@ from random import Random
 from srlm_fast.config import Config
 from srlm_fast.data.records import Example, Prompt, RankedGroup, prompt_text, user
 from srlm_fast.data.task import Task
+from srlm_fast.errors import UserError
 from srlm_fast.sandbox.oracle import Criteria, judge_response
 from srlm_fast.sandbox.responses import graded_response
 from srlm_fast.sandbox.world import Quality, TaskPrompt, World, draw_prompt, get_world, parse_prompt
 
 RESPONSES_PER_TREE = 3
+MOST_PROMPTS = 1_000_000
 
 
 def make_task(config: Config) -> Task:
@@ -30,6 +32,11 @@ def make_task(config: Config) -> Task:
     eft = pools.draw("eft", config.sandbox.num_eft)
     # SPA's seed takes two prompts for each of its pairs, since some samples tie.
     wanted = 2 * config.spa.num_seed_pairs + config.rounds * config.prompts.num_prompts
+    if wanted > MOST_PROMPTS:
+        raise UserError(
+            f"{wanted:,} prompts are more than the sandbox gives ({MOST_PROMPTS:,}); lower "
+            "prompts.num_prompts or rounds"
+        )
     prompts = pools.draw("prompts", wanted)
 
     def trees(name: str, tasks: Sequence[TaskPrompt], quality: Quality) -> list[RankedGroup]:

@@ -110,10 +110,13 @@ def usable_items(items: Sequence[Item], max_length: int) -> tuple[list[int], Cou
         else:
             kept.append(index)
     if not kept:
-        raise UserError(
-            f"all {len(items)} training rows were dropped ({dict(dropped)}): raise max_length "
-            f"(now {max_length} tokens), or use shorter prompts and responses"
+        cure = (
+            f"use shorter prompts and responses, or raise max_length (now {max_length} tokens) as "
+            "far as the model's context allows"
+            if dropped["too_long"]
+            else "give rows that have a prompt and a response"
         )
+        raise UserError(f"all {len(items)} training rows were dropped ({dict(dropped)}): {cure}")
     return kept, dropped
 
 
@@ -125,11 +128,7 @@ def plan_steps(
     Each epoch is a new shuffle of `kept`, drawn from `seed` and the epoch alone; the last step of
     an epoch may be smaller. Within a step the items are ordered by length, so that a micro-batch
     holds little padding; which items share a step stays random.
-    Raises UserError when a setting that must be at least 1 is not.
     """
-    for name in ("num_train_epochs", "per_device_train_batch_size", "logging_steps"):
-        if getattr(config, name) < 1:
-            raise UserError(f"{name} must be at least 1, not {getattr(config, name)}")
     size = config.per_device_train_batch_size
     micro = config.micro_batch_size or size
     longest = {index: max(_lengths(items[index])) for index in kept}

@@ -54,7 +54,7 @@ class NoiseDetector:
 
     tau by `Refinement.tau`:
     window: exact K-quantile of the last W pairs' margins seen before this optimiser step, 0 until W
-        are seen; W = `window`, or min(512, a quarter of the round's pairs).
+        are seen; W = `window`, at most half of the round's pairs, or min(512, a quarter of them).
     dataset: exact K-quantile over all pairs of the round, scored when alpha switches on and then
         every `interval` steps (0: once).
     official: as the SPA code: the mean of the order statistics int(50 K) and int(50 K) + 1 of the
@@ -66,7 +66,9 @@ class NoiseDetector:
         self, refine: Refinement, *, beta: float, num_pairs: int, steps: int, like: Tensor
     ) -> None:
         self.refine, self.beta, self.steps = refine, beta, steps
-        self.window = refine.window or max(1, min(MAX_WINDOW, num_pairs // 4))
+        # A window that the round cannot fill would leave tau at 0 and K without a say.
+        widest = num_pairs // 2 if refine.window else min(MAX_WINDOW, num_pairs // 4)
+        self.window = max(1, min(refine.window or widest, widest))
         self.alpha = 0.0
         self.tau = torch.zeros_like(like)
         self._seen = like.new_empty(0)
@@ -101,7 +103,7 @@ class NoiseDetector:
         flagged, margins = self.loss().flagged(ext_margins), self.beta * ext_margins
         sums = {
             "spa/tau": self.tau * len(indices),
-            "spa/flagged_share": flagged.to(margins.dtype).sum(),
+            "spa/flagged_share": flagged.to(margins.dtype).sum() if self.alpha else self.tau * 0,
             "spa/extrapolated_margin": margins.sum(),
         }
         if self.alpha > 0.0:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -100,14 +101,15 @@ def train_preference(
 def pair_loss(config: PreferenceConfig) -> Callable[..., Tensor]:
     """The loss that `config.loss_type` names, without the likelihood term.
 
-    Raises UserError when there is no such loss or beta is not positive.
+    Raises UserError when there is no such loss.
     """
     if config.loss_type not in losses.LOSSES:
         known = ", ".join(losses.LOSSES)
         raise UserError(f"unknown preference.loss_type {config.loss_type!r}; use one of {known}")
-    if config.beta <= 0:
-        raise UserError(f"preference.beta must be positive, not {config.beta}")
-    loss: Any = losses.LOSSES[config.loss_type](beta=config.beta)
+    options = {"label_smoothing": config.label_smoothing, "gamma": config.simpo_gamma}
+    kind: Any = losses.LOSSES[config.loss_type]
+    taken = {field.name for field in dataclasses.fields(kind)}
+    loss = kind(beta=config.beta, **{k: v for k, v in options.items() if k in taken})
     return cast(Callable[..., Tensor], loss)
 
 

@@ -149,12 +149,6 @@ def test_eft_groups_are_not_asked_for_when_eft_is_off(srlm):
     assert not task_from_files(replace(config, eft=EFTConfig(enabled=False))).eft
 
 
-@pytest.mark.parametrize("split", [(0.5, 0.5), (0.9, 0.0, 0.1), (0.6, 0.3, 0.2), (0.5, 0.2, 0.2)])
-def test_bad_split(srlm, split):
-    with pytest.raises(UserError, match=r"data\.split must be three positive shares"):
-        task_from_files(srlm(trees(40), split=split))
-
-
 def test_missing_input_names_the_flag():
     with pytest.raises(UserError, match=r"--data\.trees"):
         task_from_files(Config())

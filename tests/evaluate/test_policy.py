@@ -115,8 +115,9 @@ def test_judge_agreement_uses_the_first_groups_and_counts_the_unparsable(evaluat
     task = Task("toy", test_prompts=PROMPTS, judge_test=groups)
     judge = evaluate(model(["a", "b"]), task, judge=LengthJudge())[0]["judge"]
     assert judge["judge"] == "length"
-    assert (judge["prompts"], judge["pairs"], judge["unscored"]) == (1, 3, 1)
-    assert judge["pairwise_accuracy"]["wrong"] == 1.0
+    assert (judge["prompts"], judge["pairs"], judge["unscored"]) == (1, 6, 1)
+    assert judge["pairwise_accuracy"]["wrong"] == 0.5
+    assert judge["pairwise_accuracy"]["drop"] == 1.0
     assert judge["parsed_share"] == 0.75
     assert judge["invalid"] == {"empty": 1}
 

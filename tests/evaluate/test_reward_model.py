@@ -23,9 +23,9 @@ def brute_force_accuracy(scores, ranks, tie_credit):
     credits = []
     for row, order in zip(scores, ranks, strict=True):
         for i, j in combinations(range(len(row)), 2):
-            if row[i] is None or row[j] is None or order[i] == order[j]:
+            if order[i] == order[j]:
                 continue
-            if row[i] == row[j]:
+            if row[i] is None or row[j] is None or row[i] == row[j]:
                 credits += [] if tie_credit is None else [tie_credit]
             else:
                 credits.append(float((row[i] > row[j]) == (order[i] < order[j])))
@@ -114,8 +114,21 @@ def test_unscored_responses_are_left_out_and_counted():
     assert metrics["responses"] == sum(map(len, scores)) - missing
 
 
+def test_a_judge_that_fails_to_answer_earns_nothing():
+    """Half of the responses unscored must not look like a perfect judge of the other half."""
+    metrics = reward_model_metrics([[None, None], [3.0, 1.0]], [[0, 1], [0, 1]])
+    assert metrics["pairwise_accuracy"] == {"wrong": 0.5, "half": 0.75, "drop": 1.0, "right": 1.0}
+    assert metrics["exact_match"] == metrics["spearman"] == metrics["kendall_tau"] == 0.5
+
+
+def test_a_judge_without_a_perfect_score_has_no_fives():
+    """Five tokens of a length judge are no five points."""
+    metrics = reward_model_metrics([[5.0, 3.0]], [[0, 1]], perfect=None)
+    assert metrics["fives"] == 0 and metrics["five_best"] is None
+
+
 def test_nothing_to_measure_is_none_and_not_zero():
-    metrics = reward_model_metrics([[None, None], [3.0]], [[0, 1], [0]])
+    metrics = reward_model_metrics([[None, None], [3.0]], [[0, 0], [0]])
     assert metrics["pairs"] == metrics["prompts"] == 0
     for key in ("exact_match", "five_best", "five_best_per_prompt", "spearman", "kendall_tau"):
         assert metrics[key] is None, key

@@ -5,7 +5,6 @@ import pytest
 
 from srlm_fast.config import EFTConfig, JudgeConfig
 from srlm_fast.data.records import RankedGroup, user
-from srlm_fast.errors import UserError
 from srlm_fast.judge.eft import build_eft
 from srlm_fast.judge.judge_prompt import load_judge_prompt
 from srlm_fast.judge.prompted import PromptedJudge
@@ -157,8 +156,3 @@ def test_rank_target_spreads_evenly():
     six = RankedGroup(user("q"), tuple("abcdef"), (5, 4, 3, 2, 1, 0))
     rows, _ = build_eft(None, [six], EFTConfig(target="rank"), PROMPT, seed=0)
     assert [r.response for r in rows] == [f"Score: {n}" for n in range(6)]
-
-
-def test_judge_target_without_judge():
-    with pytest.raises(UserError, match=r"eft\.target=rank"):
-        build_eft(None, [RANKED], EFTConfig(), PROMPT, seed=0)

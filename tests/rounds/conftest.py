@@ -1,4 +1,4 @@
-"""Whole runs that take seconds: M0 hardly trained, a dozen prompts, short responses."""
+"""Whole runs that take seconds: M0 hardly trained, few prompts, short responses."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from srlm_fast.loop import main
 
 TINY = {
-    "--sandbox.pretrain_steps": "3",
+    "--sandbox.pretrain_steps": "40",
     "--sandbox.num_ift": "24",
     "--sandbox.num_eft": "12",
     "--sandbox.min_exact": "0",

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from srlm_fast.config import load_config
 from srlm_fast.data import jsonl
 from srlm_fast.data.records import PromptRow, user
 from srlm_fast.errors import UserError
+from srlm_fast.recipes import load_config
 from srlm_fast.rounds.manifest import Run, stage_seed
 
 ROWS = [PromptRow(user("one")), PromptRow(user("two"))]
@@ -81,6 +81,42 @@ def test_a_full_disk_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyP
         run.records("a", PromptRow, lambda: (ROWS, {}))
     monkeypatch.undo()
     assert run.records("a", PromptRow, lambda: (ROWS, {})) == ROWS
+
+
+def test_another_configuration_is_another_run(tmp_path: Path) -> None:
+    open_run(tmp_path).close()
+    with pytest.raises(UserError, match=r"config\.yaml was changed"):
+        Run(tmp_path, load_config("sandbox-spa", {"seed": "1"}), {})
+
+
+def test_changed_inputs_are_noticed(tmp_path: Path) -> None:
+    data = tmp_path / "data.jsonl"
+    data.write_text("{}")
+    config = load_config("sandbox-spa")
+    Run(tmp_path / "run", config, {}, [data]).close()
+    data.write_text("{ }")
+    with pytest.raises(UserError, match=r"data\.jsonl was changed"):
+        Run(tmp_path / "run", config, {}, [data])
+
+
+def test_a_lost_manifest_is_no_new_run(tmp_path: Path) -> None:
+    run = open_run(tmp_path)
+    run.records("a", PromptRow, lambda: (ROWS, {}))
+    run.close()
+    (tmp_path / "manifest.json").unlink()
+    with pytest.raises(UserError, match=r"no manifest\.json"):
+        open_run(tmp_path)
+    (tmp_path / "manifest.json").write_text("{")
+    with pytest.raises(UserError, match="damaged"):
+        open_run(tmp_path)
+
+
+def test_other_versions_are_kept_beside_the_first(tmp_path: Path) -> None:
+    config = load_config("sandbox-spa")
+    for versions in ({"torch": "1"}, {"torch": "2"}, {"torch": "2"}):
+        Run(tmp_path, config, versions).close()
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    assert manifest["versions"] == [{"torch": "1"}, {"torch": "2"}]
 
 
 def test_stage_seeds_are_independent_and_stable() -> None:

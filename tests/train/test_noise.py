@@ -53,6 +53,7 @@ def test_default_window_is_a_quarter_of_the_pairs_and_at_most_512():
     sizes = [_detector(9, n).window for n in (2, 40, 4000)]
     assert sizes == [1, 10, 512]
     assert _detector(9, 4000, window=64).window == 64
+    assert _detector(9, 40, window=64).window == 20, "a window that never fills has no tau"
 
 
 def test_dataset_scores_when_alpha_switches_on_and_every_interval():
@@ -118,6 +119,8 @@ def test_metrics_are_sums_over_the_pairs():
     detector = _detector(9, 40)
     detector.tau = detector.tau + 0.5
     margins = torch.tensor([4.0, 6.0, -10.0], dtype=torch.float64)
+    assert detector.observe(range(3), margins)["spa/flagged_share"] == 0, "alpha is still 0"
+    detector.alpha = 0.1
     sums = {name: value.item() for name, value in detector.observe(range(3), margins).items()}
     assert sums == pytest.approx(
         {"spa/tau": 1.5, "spa/flagged_share": 2.0, "spa/extrapolated_margin": 0.0}

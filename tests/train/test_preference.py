@@ -271,7 +271,7 @@ def test_dropped_pairs_are_counted_and_have_no_flag(train, pairs):
     ("change", "message"),
     [
         ({"loss_type": "sigmod"}, "unknown preference.loss_type 'sigmod'.*sigmoid"),
-        ({"beta": 0.0}, "beta must be positive"),
+        ({"beta": 0.0}, "beta must be above 0"),
         ({"max_length": 2}, "all 12 training rows were dropped"),
     ],
 )

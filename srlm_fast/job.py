@@ -20,7 +20,12 @@ from srlm_fast.errors import UserError
 from srlm_fast.evaluate.report import render_report
 from srlm_fast.evaluate.table import summary_table
 from srlm_fast.judge.judge_prompt import load_judge_prompt
-from srlm_fast.model.load import load_tokenizer, resolve_device, resolve_folder
+from srlm_fast.model.load import (
+    check_folder,
+    load_tokenizer,
+    resolve_device,
+    resolve_folder,
+)
 from srlm_fast.prompts.task_list import load_task_list
 from srlm_fast.rounds.engine import Engine
 from srlm_fast.rounds.manifest import Run
@@ -68,10 +73,24 @@ def prepare(config: Config) -> Job:
     else:
         folder = resolve_folder(config.model)
         ChatTemplate(load_tokenizer(str(folder)), config.template)
+        _check_room(config, check_folder(str(folder)))
         task = task_from_files(config)
     if config.prompts.source == "dataset" and not task.prompts:
         raise UserError("prompts.source is dataset, but there are none; give --data.prompts")
     return Job(config, task, folder)
+
+
+def _check_room(config: Config, context: int) -> None:
+    """Responses, and judgements where they are sampled, must leave room for their prompts."""
+    wanted = {"sampling.max_new_tokens": config.sampling.max_new_tokens}
+    if config.method == "srlm" and config.judge.kind == "prompted":
+        wanted["judge.max_new_tokens"] = config.judge.max_new_tokens
+    for name, tokens in wanted.items():
+        if tokens >= context:
+            raise UserError(
+                f"{name} = {tokens} leaves no room for a prompt in the model's context of "
+                f"{context} tokens; lower it with --{name}"
+            )
 
 
 def execute(job: Job, run: Run) -> str:

@@ -13,6 +13,8 @@ import yaml
 from srlm_fast.config import Config
 from srlm_fast.loop import main
 from srlm_fast.recipes import load_config
+from srlm_fast.sandbox.model import new_model
+from srlm_fast.sandbox.tokenizer import make_tokenizer
 
 
 def complaint(capsys: pytest.CaptureFixture[str], *argv: str, code: int = 2) -> str:
@@ -92,6 +94,19 @@ def test_data_mistakes(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> No
     (model / "config.json").write_text(json.dumps({"model_type": "llama"}))
     spa = ["--recipe", "spa", "--model", str(model), "--out", str(tmp_path / "run")]
     assert "no tokenizer" in complaint(capsys, *spa, "--data.preferences", "x.jsonl")
+
+
+def test_responses_that_fill_the_context(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    folder = tmp_path / "model"
+    tokenizer = make_tokenizer()
+    new_model(tokenizer, seed=0).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    argv = ["--recipe", "srlm", "--model", str(folder), "--out", str(tmp_path / "run")]
+    argv += ["--data.trees", "x.jsonl", "--sampling.max_new_tokens", "10000"]
+    capsys.readouterr()  # the progress of save_pretrained
+    assert "--sampling.max_new_tokens" in complaint(capsys, *argv)
 
 
 def test_help_is_quick_and_complete() -> None:

@@ -66,7 +66,9 @@ def load_model(
                 ignore_mismatched_sizes=True,  # reported, and refused below in plainer words
             )
         except Exception as error:  # safetensors, torch and transformers have kinds of their own
-            raise UserError(f"cannot load the weights of {path}: {_first(error)}") from error
+            raise UserError(
+                f"cannot load the weights of {path}: {_first(error)}; copy the model again"
+            ) from error
     model, report = loaded
     if report["mismatched_keys"]:
         raise UserError(
@@ -97,7 +99,9 @@ def load_tokenizer(path: str) -> Any:
         try:
             tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         except Exception as error:  # tokenizers raises a bare Exception
-            raise UserError(f"cannot load the tokenizer of {path}: {_first(error)}") from error
+            raise UserError(
+                f"cannot load the tokenizer of {path}: {_first(error)}; check its tokenizer files"
+            ) from error
     if tokenizer.pad_token is None and tokenizer.eos_token is not None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -192,7 +196,9 @@ def _causal_config(path: str) -> Any:
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # wrong values raise kinds of huggingface_hub's own
-        raise UserError(f"cannot read the configuration of {path}: {_first(error)}") from error
+        raise UserError(
+            f"cannot read the configuration of {path}: {_first(error)}; check its config.json"
+        ) from error
     known = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
     named = config.architectures or []
     saved = [str(name) for name in (named if isinstance(named, list) else [named])]
@@ -228,4 +234,5 @@ def _first(error: Exception) -> str:
     if isinstance(error, KeyError):
         return f"unknown or missing {error}"
     first, *more = str(error).strip().splitlines() or [type(error).__name__]
-    return f"{first} {more[0].strip()}" if more and first.endswith(":") else first
+    text = f"{first} {more[0].strip()}" if more and first.endswith(":") else first
+    return text.removesuffix(".")

@@ -93,13 +93,36 @@ def test_rows_of_every_kind_of_file(tmp_path, name):
         ("a.jsonl", b"\xff\xfe", "cannot read .*a.jsonl"),
         ("a.jsonl.gz", b"not gzip", "cannot read .*a.jsonl.gz"),
         ("a.jsonl.gz", gzip.compress(b'{"a": 1}')[:-9], "cannot read .*a.jsonl.gz"),
+        ("a.jsonl.gz", gzip.compress(b"x")[:10] + b"\xff" * 20, "cannot read .*a.jsonl.gz"),
+        ("a.jsonl", b'{"a": 1}\n' + b"[" * 200_000, "a.jsonl, line 2: .* nested too deep"),
+        ("a.jsonl", b'{"a": 1}\n{"a": ' + b"7" * 5000 + b"}", "line 2: .* too many digits"),
+        ("a.jsonl", b'{"a": 1}\n{"a": ["\\ud83d"]}', "a.jsonl, row 2: .* not valid Unicode"),
+        ("a.json", b'[{"a": 1}, {"\\uDe00": 1}]', "a.json, row 2: .* not valid Unicode"),
     ],
-    ids=["line", "list", "not-a-row", "not-utf8", "not-gzip", "cut-gzip"],
+    ids=[
+        "line",
+        "list",
+        "not-a-row",
+        "not-utf8",
+        "not-gzip",
+        "cut-gzip",
+        "damaged-gzip",
+        "deep",
+        "digits",
+        "surrogate",
+        "surrogate-key",
+    ],
 )
 def test_broken_file_names_file_and_line(tmp_path, name, data, message):
     (tmp_path / name).write_bytes(data)
     with pytest.raises(UserError, match=message):
         read_rows(tmp_path / name)
+
+
+def test_escaped_pairs_and_escapes_that_are_text_are_read(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text(r'{"a": "\ud83d\ude00 \\ud83d"}')
+    assert read_rows(path) == [{"a": "\U0001f600 \\ud83d"}]
 
 
 def test_missing_file_and_folder(tmp_path):

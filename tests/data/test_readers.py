@@ -198,6 +198,10 @@ def test_prompts_one_a_line(tmp_path):
         (read_trees, {"text": "a"}, "row 1: expected a message tree.* found the columns text"),
         (read_trees, tree("a", reply("b", "first")), "row 1: broken message tree"),
         (read_trees, tree("a", "b"), "row 1: broken message tree"),
+        (read_trees, tree("a", reply("b", 10**400)), "row 1: broken message tree"),
+        (read_trees, {"parent_id": ["x"], "text": "a"}, r"row 1: parent_id is \['x'\], not text"),
+        (read_trees, {"parent_id": None, "message_id": {}}, "row 1: message_id is {}, not text"),
+        (read_prompts, {"instruction": [], "input": "x"}, r"no usable row: prompt: empty \(1\)"),
         (read_preferences, {"prompt": "a", "win": "b"}, "chosen and rejected; .* prompt, win"),
         (read_preferences, {"chosen": "a", "rejected": "b"}, "expected prompt, or else chosen"),
         (
@@ -229,6 +233,14 @@ def test_missing_and_empty_sources(file, read, tmp_path):
     (tmp_path / "empty.txt").write_text("\n \n")
     with pytest.raises(UserError, match="has no usable row: it is empty"):
         read_prompts(str(tmp_path / "empty.txt"))
+
+
+def test_an_empty_source_is_not_blamed_on_another_one(tmp_path):
+    (tmp_path / "prompts.txt").write_text("\n")
+    dropped = Counter({"tree: deleted": 3})
+    with pytest.raises(UserError, match=r"prompts\.txt has no usable row: it is empty"):
+        read_prompts(str(tmp_path / "prompts.txt"), dropped)
+    assert dropped == {"tree: deleted": 3}
 
 
 def test_dataset_name_without_datasets_installed_names_the_cure(monkeypatch):

@@ -192,6 +192,15 @@ def test_conversation_that_the_template_refuses(make_bpe):
         template.encode_prompt((Message("system", "s"), Message("user", "u")))
 
 
+@pytest.mark.parametrize(
+    "broken",
+    ["{% for %}", "{{ messages + 1 }}", "{{ messages[0]['content'].nothing() }}", "{{ 1 // 0 }}"],
+)
+def test_template_that_is_broken_is_a_user_error(make_bpe, broken):
+    with pytest.raises(UserError, match=r"refuses .* turns: [^\n]+; mend it, or .* --template"):
+        ChatTemplate(make_bpe(chat_template=broken))
+
+
 @pytest.mark.parametrize("name", ["chatml", "llama-2", "plain", "zephyr"])
 def test_shipped_templates_serve_and_are_saved_with_the_tokenizer(make_bpe, name, tmp_path):
     tokenizer = make_bpe(chat_template=None, bos_token="<|endoftext|>")

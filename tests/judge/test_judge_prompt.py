@@ -65,5 +65,19 @@ def test_unknown_name_gives_the_nearest():
 
 
 def test_missing_file(tmp_path):
-    with pytest.raises(UserError, match="does not exist"):
+    with pytest.raises(UserError, match=r"nothing\.txt does not exist; give a file or one of add"):
         load_judge_prompt(str(tmp_path / "nothing.txt"))
+
+
+def test_unreadable_file_is_named(tmp_path):
+    (tmp_path / "mine.txt").write_bytes(b"caf\xe9 <INSTRUCTION_HERE> <RESPONSE_HERE>")
+    for path in (tmp_path / "mine.txt", tmp_path):
+        with pytest.raises(UserError, match=f"cannot read {path}: .*UTF-8"):
+            load_judge_prompt(str(path))
+
+
+def test_line_ends_of_windows_are_line_ends(tmp_path):
+    (tmp_path / "mine.txt").write_bytes(b"<INSTRUCTION_HERE>\r\n<RESPONSE_HERE>\r\n")
+    assert load_judge_prompt(str(tmp_path / "mine.txt")).text == (
+        "<INSTRUCTION_HERE>\n<RESPONSE_HERE>"
+    )

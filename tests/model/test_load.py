@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from srlm_fast.errors import UserError
 from srlm_fast.model.load import (
+    check_folder,
     context_length,
     eos_token_ids,
     load_model,
@@ -20,6 +21,11 @@ from srlm_fast.model.load import (
 )
 
 CPU = torch.device("cpu")
+
+
+def change_config(folder: Path, **changes: Any) -> None:
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
 
 
 def test_model_comes_back_equal_in_eval_mode(
@@ -74,6 +80,64 @@ def test_broken_configuration(folder: Path) -> None:
         load_model(str(folder), device=CPU)
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [{"hidden_size": "a"}, {"num_attention_heads": 5}, {"dtype": "foo"}, {"architectures": [3]}],
+    ids=lambda wrong: next(iter(wrong)),
+)
+def test_wrong_values_of_the_configuration(wrong: Any, folder: Path) -> None:
+    change_config(folder, **wrong)
+    for read in (lambda path: load_model(path, device=CPU), check_folder):
+        with pytest.raises(UserError, match=r"\A[^\n]*/m[: ][^\n]+\Z"):
+            read(str(folder))
+
+
+@pytest.mark.parametrize("size", [0, 100, -100], ids=["empty", "header", "cut"])
+def test_damaged_weights(size: int, folder: Path) -> None:
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:size])
+    with pytest.raises(UserError, match=r"cannot load the weights of .*/m: .*; copy"):
+        load_model(str(folder), device=CPU)
+    with pytest.raises(UserError, match=r"cannot read the weights .*model\.safetensors: .*; copy"):
+        check_folder(str(folder))
+
+
+def test_weights_of_another_configuration(folder: Path) -> None:
+    change_config(folder, hidden_size=64)
+    with pytest.raises(UserError, match=r"config\.json of .*/m do not belong together: lm_head"):
+        load_model(str(folder), device=CPU)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("tokenizer.json", "{}"),
+        ("tokenizer.json", '{"version": "1.0", "added_tokens": [], "model": {"type": "Foo"}}'),
+        ("tokenizer_config.json", "[]"),
+    ],
+    ids=["nothing", "rust", "list"],
+)
+def test_damaged_tokenizer(name: str, text: str, folder: Path) -> None:
+    (folder / name).write_text(text)
+    with pytest.raises(UserError, match=r"\Acannot load the tokenizer of .*/m: [^\n]+\Z"):
+        load_tokenizer(str(folder))
+
+
+def test_check_folder_gives_the_context_length(folder: Path) -> None:
+    assert check_folder(str(folder)) == 64
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    assert check_folder(str(folder)) == 64
+
+
+def test_check_folder_refuses_what_has_no_weights_or_is_no_causal_lm(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"m has no weights \(.*\); copy them into it"):
+        check_folder(str(folder))
+    (folder / "config.json").write_text(json.dumps({"model_type": "t5"}))
+    with pytest.raises(UserError, match="not a causal language model"):
+        check_folder(str(folder))
+
+
 def test_folder_without_weights(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
     with pytest.raises(UserError, match="cannot load the weights"):
@@ -118,8 +182,9 @@ def test_remote_code_is_never_run(folder: Path, tmp_path: Path) -> None:
 
 
 def test_unknown_device_and_dtype(folder: Path) -> None:
-    with pytest.raises(UserError, match="unknown device 'gpu'"):
-        resolve_device("gpu")
+    for name in ("gpu", "mps", "meta", "xpu", "cuda:x", "cpu:3"):
+        with pytest.raises(UserError, match=f"unknown device '{name}'; use auto, cpu, cuda"):
+            resolve_device(name)
     with pytest.raises(UserError, match="cuda:99 is not here"):
         resolve_device("cuda:99")
     with pytest.raises(UserError, match="unknown dtype 'half4'"):

@@ -71,7 +71,9 @@ def test_user_file(tmp_path):
     ("text", "message"),
     [
         ("heading: [", "not YAML"),
+        ("place: 2024-13-45", "not YAML"),
         ("just text", "exactly the keys"),
+        (GOOD + "1: more", "exactly the keys"),
         (GOOD + "more: 1", "exactly the keys"),
         (GOOD.replace("heading: go\n", ""), "exactly the keys"),
         (GOOD.replace("go", "7"), "strings"),
@@ -90,5 +92,12 @@ def test_wrong_files_are_refused(tmp_path, text, message):
 def test_unknown_names_are_refused(tmp_path):
     with pytest.raises(UserError, match="did you mean tasks"):
         load_task_list("task")
-    with pytest.raises(UserError, match="does not exist"):
+    with pytest.raises(UserError, match=r"no\.yaml does not exist; give a file or one of sandbox"):
         load_task_list(str(tmp_path / "no.yaml"))
+
+
+def test_unreadable_file_is_named(tmp_path):
+    path = tmp_path / "list.yaml"
+    path.write_bytes(GOOD.replace("go", "caf\xe9").encode("latin-1"))
+    with pytest.raises(UserError, match=f"cannot read {path}: .*UTF-8"):
+        load_task_list(str(path))

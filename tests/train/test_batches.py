@@ -72,8 +72,12 @@ def test_unusable_items_are_counted_by_reason():
 
 def test_a_pair_is_too_long_if_either_row_is():
     item = (((1,), (2,)), ((1,), (2, 3, 4)))
-    with pytest.raises(UserError, match=r"all 1 .*'too_long': 1.*max_length \(now 3 tokens\)"):
+    with pytest.raises(
+        UserError, match=r"all 1 .*'too_long': 1.*max_length \(now 3 tokens\).*context"
+    ):
         usable_items([item], max_length=3)
+    with pytest.raises(UserError, match="rows that have a prompt and a response"):
+        usable_items([(((1,), ()),)], max_length=3)
     assert usable_items([item], max_length=4) == ([0], {})
 
 

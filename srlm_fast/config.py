@@ -34,7 +34,7 @@ class SandboxConfig:
     num_eft: int = 120  # seed trees whose ranked responses are judged
     pretrain_steps: int = 1000
     min_exact: float = 0.75  # gate: share of perfect greedy copies on 100 prompts
-    max_seconds: float = 240.0  # cap on pre-training, gate included
+    max_seconds: float = 270.0  # cap on pre-training, gate included
     cache_dir: str = ""  # default: $XDG_CACHE_HOME/srlm_fast
 
     def __post_init__(self) -> None:
@@ -220,7 +220,7 @@ class SPAConfig:
     lambdas: tuple[float, ...] = (0.5, 0.25, 0.125)
     warmup_fraction: float = 0.2  # alpha is 0 in this first share of a round's steps
     tau: Literal["window", "dataset", "official"] = "window"
-    tau_window: int = 0  # 0: min(512, a quarter of the round's pairs)
+    tau_window: int = 0  # at most half of the pairs; 0: min(512, a quarter)
     tau_interval: int = 0  # dataset mode: steps between scoring passes; 0: once
     seed_epochs: int = 3
     seed_learning_rate: float = 0.0  # 0: that of `preference`
@@ -284,18 +284,31 @@ class Config:
         _require(self.num_threads >= 0, "num_threads must not be negative (0: torch's default)")
 
     def input_files(self) -> list[Path]:
-        """The data files of the run; names of HF datasets are none."""
-        paths = [Path(getattr(self.data, name)) for name in INPUTS]
-        return [path for path in paths if path.is_file()]
+        """The files of the user that the run reads; names of recipes and HF datasets are none."""
+        return [Path(path) for path in self._paths().values() if Path(path).is_file()]
 
     def with_absolute_paths(self) -> Config:
         """This configuration with what exists here named absolutely: a run may be resumed from
         anywhere."""
-        data: dict[str, Any] = {name: _absolute(getattr(self.data, name)) for name in INPUTS}
-        return replace(self, model=_absolute(self.model), data=replace(self.data, **data))
+        paths = {name: _absolute(path) for name, path in self._paths().items()}
+        data: dict[str, Any] = {name: paths[name] for name in ("trees", "preferences", "prompts")}
+        return replace(
+            self,
+            model=self.model if self.model == "sandbox" else _absolute(self.model),
+            data=replace(self.data, **data),
+            judge=replace(self.judge, prompt=paths["judge"]),
+            prompts=replace(self.prompts, template=paths["template"]),
+            sandbox=replace(self.sandbox, cache_dir=_absolute(self.sandbox.cache_dir)),
+        )
 
-
-INPUTS = ("trees", "preferences", "prompts")
+    def _paths(self) -> dict[str, str]:
+        return {
+            "trees": self.data.trees,
+            "preferences": self.data.preferences,
+            "prompts": self.data.prompts,
+            "judge": self.judge.prompt,
+            "template": self.prompts.template,
+        }
 
 
 def _absolute(name: str) -> str:

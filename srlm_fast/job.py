@@ -12,8 +12,10 @@ from typing import Any
 import torch
 
 from srlm_fast.config import Config
+from srlm_fast.data.exports import alpaca_eval_rows
 from srlm_fast.data.files import task_from_files
-from srlm_fast.data.jsonl import write_json, write_text
+from srlm_fast.data.jsonl import read_jsonl, write_json, write_text
+from srlm_fast.data.records import Sample
 from srlm_fast.data.task import Task
 from srlm_fast.data.template import ChatTemplate
 from srlm_fast.errors import UserError
@@ -28,7 +30,7 @@ from srlm_fast.model.load import (
 )
 from srlm_fast.prompts.task_list import load_task_list
 from srlm_fast.rounds.engine import Engine
-from srlm_fast.rounds.manifest import Run
+from srlm_fast.rounds.manifest import Run, file_digest
 from srlm_fast.rounds.spa import spread_preference_annotation
 from srlm_fast.rounds.srlm import self_rewarding
 from srlm_fast.rounds.summary import summarise
@@ -80,6 +82,18 @@ def prepare(config: Config) -> Job:
     return Job(config, task, folder)
 
 
+def inputs(job: Job) -> dict[str, str]:
+    """What a run reads from outside its folder, and a digest of each: data, prompts, the model.
+
+    Of weights only the size counts: hashing many gigabytes would keep every start waiting.
+    """
+    found = {str(path): file_digest(path) for path in job.config.input_files()}
+    if job.folder:
+        found[str(job.folder / "config.json")] = file_digest(job.folder / "config.json")
+        found |= {str(p): f"{p.stat().st_size} bytes" for p in job.folder.glob("*.safetensors")}
+    return found
+
+
 def _check_room(config: Config, context: int) -> None:
     """Responses, and judgements where they are sampled, must leave room for their prompts."""
     wanted = {"sampling.max_new_tokens": config.sampling.max_new_tokens}
@@ -103,8 +117,17 @@ def execute(job: Job, run: Run) -> str:
     METHODS[config.method](engine, job.task)
     summary = summarise(run, job.task)
     write_json(run.folder / "summary.json", summary)
+    for model in summary["models"]:
+        _export(run, model["name"])
     write_text(run.folder / "report.html", render_report(run.folder))
     return "\n".join([summary_table(summary), "", *summary["notes"]])
+
+
+def _export(run: Run, name: str) -> None:
+    """The model's first sample of each test prompt, as AlpacaEval reads it."""
+    samples = read_jsonl(run.folder / f"evaluation/{name}.jsonl", Sample)
+    rows = alpaca_eval_rows(samples[:: run.config.evaluate.num_samples], name)
+    write_json(run.folder / f"evaluation/{name}.alpaca_eval.json", rows)
 
 
 def _sandbox_model(config: Config, run: Run) -> Path:

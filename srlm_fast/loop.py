@@ -9,6 +9,7 @@ import sys
 import time
 import traceback
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 
 from srlm_fast.config import Config
@@ -32,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         # Heavy imports come late, so that a wrong word on the command line answers at once.
         from srlm_fast.env import versions
-        from srlm_fast.job import execute, prepare
+        from srlm_fast.job import execute, inputs, prepare
         from srlm_fast.rounds.manifest import Run
         from srlm_fast.rounds.plan import plan
 
@@ -40,9 +41,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.dry_run:
             print(plan(job.config, job.task, job.folder))
             return 0
-        run = Run(folder, config, versions(), config.input_files())
-        started = True
-        print(execute(job, run))
+        with closing(Run(folder, config, versions(), inputs(job))) as run:
+            started = True
+            print(execute(job, run))
         print(f"report: {folder / 'report.html'}")
         return 0
     except UserError as error:

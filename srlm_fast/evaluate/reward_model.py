@@ -21,9 +21,13 @@ class PairCounts(NamedTuple):
     agree: int = 0
     tie: int = 0
     disagree: int = 0
+    lost: int = 0  # a response has no score
 
     def accuracy(self) -> dict[str, float | None]:
-        """Share of agreeing pairs; the judge's ties count as wrong, half, not at all, or right."""
+        """Share of agreeing pairs; the judge's ties count as wrong, half, not at all, or right.
+
+        Lost pairs are wrong, or with `drop` not counted either.
+        """
         return {
             "wrong": _ratio(self.agree, sum(self)),
             "half": _ratio(self.agree + self.tie / 2, sum(self)),
@@ -50,7 +54,7 @@ def reward_model_metrics(
     """Agreement of `scores` (higher is better) with `ranks` (0 is best), a row for each prompt.
 
     A response whose score is None (unparsable) is counted in `unscored`, and earns the judge
-    nothing: its pairs count as ties, its prompt's ordering as wrong, and correlations are those of
+    nothing: its pairs and its prompt's ordering count as wrong, and correlations are those of
     the scored responses, 0 where there are fewer than two. Whatever has no defined value is None.
 
     pairwise_accuracy: over the strictly ranked pairs of all prompts, by tie policy (`wrong`,
@@ -111,7 +115,7 @@ def _count_pairs(group: Group) -> PairCounts:
         for i, j in combinations(range(len(group.scores)), 2)
         if group.goodness[i] != group.goodness[j]
     ]
-    return PairCounts(agreements.count(1), agreements.count(0) + group.lost, agreements.count(-1))
+    return PairCounts(agreements.count(1), agreements.count(0), agreements.count(-1), group.lost)
 
 
 def _fives(group: Group, perfect: float | None) -> list[bool]:

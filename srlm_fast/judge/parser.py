@@ -23,14 +23,16 @@ _SCORE = re.compile(
     [:\uff1a]
     [\s*_"'`\u201c\u201d\u2018\u2019<\[({$]*+            # opening quote, bold or bracket
     (?P<value> [+\-\u2212]? \d+ (?: [.,] \d+ )? )        # all digits: 10 must not be read as 1
-    (?P<range> \s* (?: [-\u2013~] | to\b ) \s* \d )?
-    (?P<sum> [\s*_]*+ [+=] [^\n]*+ )?                     # "1 + 1 + 1 = 3"
-    (?: [\s*_]*+ (?: / | out\ of ) \s* (?P<scale> \d+ ) )?
+    (?:                                                  # "1 + 1 + 1 = 3"
+        (?: [^\S\n]*+ \+ [^\S\n]*+ \d++ (?: [.,] \d++ )? )++
+        [^\S\n]*+ = (?: [^\S\n] | [*_] )*+ (?P<total> \d+ (?: [.,] \d+ )? )
+    )?
+    (?P<open> [^\S\n]*+ \+ [^\S\n]*+ \d )?               # "1 + 1", and no total
+    (?P<range> [^\S\n]*+ (?: [-\u2013~] | to\b ) [^\S\n]*+ \d )?
+    (?: (?: [^\S\n] | [*_] )*+ (?: / | out\ of ) [^\S\n]*+ (?P<scale> \d+ ) )?
     """,
     re.VERBOSE | re.IGNORECASE,
 )
-
-_TOTAL = re.compile(r".*=[\s*_]*([+\-\u2212]?\d+(?:[.,]\d+)?)")
 
 
 def parse_score(text: str) -> tuple[float | None, str | None]:
@@ -44,12 +46,9 @@ def parse_score(text: str) -> tuple[float | None, str | None]:
     match = _last_verdict(text)
     if match is None:
         return None, NO_SCORE
-    value = match["value"]
-    if match["sum"]:
-        total = _TOTAL.search(match["sum"])
-        if total is None:
-            return None, NO_TOTAL
-        value = total[1]
+    if match["open"]:
+        return None, NO_TOTAL
+    value = match["total"] or match["value"]
     score = float(value.replace(",", ".").replace("\u2212", "-"))
     other_scale = match["scale"] is not None and float(match["scale"]) != MAX_SCORE
     if other_scale or match["range"] or not 0.0 <= score <= MAX_SCORE:

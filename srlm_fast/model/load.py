@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
+from huggingface_hub import list_repo_files, snapshot_download
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -116,7 +116,7 @@ def resolve_folder(path: str) -> Path:
     if Path(path).is_dir():
         return Path(path)
     try:
-        return Path(snapshot_download(path, ignore_patterns=["*.bin", "*.pth", "*.msgpack"]))
+        return Path(snapshot_download(path, ignore_patterns=_unused_files(path)))
     except Exception as error:  # a dozen kinds: offline, unknown, gated, disk
         raise UserError(f"cannot get model {path} from the hub: {_first(error)}") from error
 
@@ -145,6 +145,15 @@ def check_folder(path: str) -> int:
                 " needs git lfs pull)"
             ) from error
     return _context(config.get_text_config(decoder=True))
+
+
+def _unused_files(path: str) -> list[str]:
+    """Patterns of the hub's files that are not needed: weights of other formats."""
+    others = ["*.h5", "*.ot", "*.msgpack", "*.pth", "*.pt", "*.gguf", "*.onnx*", "original/*"]
+    with suppress(Exception):  # offline: what is cached will do
+        if any(name.endswith(".safetensors") for name in list_repo_files(path)):
+            others.append("*.bin")
+    return others
 
 
 def eos_token_ids(model: Any, tokenizer: Any = None) -> tuple[int, ...]:

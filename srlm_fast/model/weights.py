@@ -6,12 +6,10 @@ import copy
 import errno
 import os
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from srlm_fast.errors import UserError
@@ -50,18 +48,20 @@ def save_model(model: PreTrainedModel, tokenizer: Any, folder: str | Path) -> No
     of that name is replaced. Raises UserError when it cannot be written (disk full).
     """
     folder = Path(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    fresh = work / "new"
+    work = folder.with_name(f".{folder.name}.saving")
     try:
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir(parents=True)
         with quiet_transformers():
-            model.save_pretrained(fresh)
-            tokenizer.save_pretrained(fresh)
+            model.save_pretrained(work / "new")
+            tokenizer.save_pretrained(work / "new")
         if folder.exists():
             os.replace(folder, work / "old")
-        os.replace(fresh, folder)
-    except (OSError, SafetensorError) as error:
-        # safetensors has an exception of its own, which names the system's error in its text.
+        os.replace(work / "new", folder)
+    # Of many kinds: safetensors and tokenizers raise exceptions of their own.
+    except Exception as error:
+        if (work / "old").exists() and not folder.exists():
+            os.replace(work / "old", folder)
         full = getattr(error, "errno", None) == errno.ENOSPC or "os error 28" in str(error)
         why = "the disk is full; free some space" if full else str(error)
         raise UserError(f"cannot save the model to {folder}: {why}") from error

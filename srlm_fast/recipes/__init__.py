@@ -161,7 +161,7 @@ def _value(hint: Any, value: Any, name: str) -> Any:
         if not isinstance(value, str | int | float) or isinstance(value, bool):
             raise UserError(f"{name} must be text, not {value!r}")
         return str(value)
-    if isinstance(value, str):
+    if isinstance(value, str) and hint not in (int, float):
         with contextlib.suppress(*_YAML_ERRORS):
             value = yaml.safe_load(value)
     if typing.get_origin(hint) is tuple:

@@ -8,8 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from srlm_fast.data.exports import alpaca_eval_rows
-from srlm_fast.data.jsonl import read_jsonl, write_json
+from srlm_fast.data.jsonl import read_jsonl
 from srlm_fast.data.records import Pair, Prompt, Sample
 from srlm_fast.data.task import Task
 from srlm_fast.evaluate.labels import flag_metrics
@@ -28,8 +27,7 @@ def evaluate(
     initial: Path | None = None,
     pairs: Sequence[Pair] = (),
 ) -> None:
-    """Evaluate the resident model as `name`; samples go to evaluation/<name>.jsonl,
-    the first of each prompt to evaluation/<name>.alpaca_eval.json too.
+    """Evaluate the resident model as `name`; samples go to evaluation/<name>.jsonl.
 
     previous: the model to win against. initial: pi_init, for the implicit reward (SPA).
     pairs: what the model was trained on.
@@ -64,8 +62,6 @@ def evaluate(
         flags = run.info(f"train/{name}").get("flags")
         if flags and task.oracle:
             metrics["flags"] = flag_metrics(task.oracle, pairs, flags)
-        rows = alpaca_eval_rows(samples[:: engine.config.evaluate.num_samples], name)
-        write_json(run.folder / f"evaluation/{name}.alpaca_eval.json", rows)
         return samples, metrics
 
     run.records(f"evaluation/{name}", Sample, make)

@@ -35,8 +35,8 @@ def stage_seed(seed: int, name: str) -> int:
 class Run:
     """One run folder, locked while it is open.
 
-    versions: of this process; the manifest keeps every set that the run has been made with.
-    inputs: the user's data files, which must not change while a run is unfinished.
+    versions: of this process; the manifest keeps every set that a stage was made with.
+    inputs: what else the run reads, file to digest; it must not change while a run is unfinished.
     Raises UserError when the folder is in use, cannot be written or is not this run's.
     """
 
@@ -45,7 +45,7 @@ class Run:
         folder: Path,
         config: Config,
         versions: Mapping[str, str],
-        inputs: Sequence[Path] = (),
+        inputs: Mapping[str, str] | None = None,
     ) -> None:
         self.folder = folder
         self.config = config
@@ -61,7 +61,7 @@ class Run:
             raise UserError(f"{folder} is in use by another run; wait, or choose --out") from error
         identity = {
             "config": hashlib.sha256(to_yaml(config).encode()).hexdigest(),
-            "inputs": {str(path): _sha256(path) for path in inputs},
+            "inputs": dict(inputs or {}),
         }
         if self._path.is_file():
             self.manifest = self._read()
@@ -72,9 +72,8 @@ class Run:
                 raise UserError(f"{folder} has files but no manifest.json; choose another --out")
             self.manifest = {**identity, "versions": [], "stages": {}}
             write_text(folder / "config.yaml", to_yaml(config))
-        if dict(versions) not in self.manifest["versions"]:
-            self.manifest["versions"].append(dict(versions))
             self._save()
+        self._versions = dict(versions)
         self._cut_metrics()
 
     def close(self) -> None:
@@ -91,7 +90,7 @@ class Run:
         if stage is None:
             return False
         for file, digest in stage["files"].items():
-            if _sha256(self.folder / file) != digest:
+            if file_digest(self.folder / file) != digest:
                 raise UserError(
                     f"{self.folder / file} is missing or was changed after stage {name!r} "
                     "wrote it; restore it, or start a new run with another --out"
@@ -113,7 +112,7 @@ class Run:
                 rows, info = make()
                 write_jsonl(path, rows)
                 stage |= {"rows": len(rows), "info": dict(info)}
-                stage["files"] = {f"{name}.jsonl": _sha256(path)}
+                stage["files"] = {f"{name}.jsonl": file_digest(path)}
         return read_jsonl(path, cls)
 
     def result(self, name: str, make: Callable[[], Info], made: str = "") -> dict[str, Any]:
@@ -122,7 +121,7 @@ class Run:
             with self._timed(name) as stage:
                 stage["info"] = dict(make())
                 files = sorted((self.folder / made).iterdir()) if made else []
-                stage["files"] = {f"{made}/{p.name}": _sha256(p) for p in files}
+                stage["files"] = {f"{made}/{p.name}": file_digest(p) for p in files}
         return self.info(name)
 
     def logger(self, name: str) -> Callable[[dict[str, float]], None]:
@@ -144,6 +143,8 @@ class Run:
         metrics = self.folder / "metrics.jsonl"
         stage["metrics_bytes"] = metrics.stat().st_size if metrics.exists() else 0
         self.manifest["stages"][name] = stage
+        if self._versions not in self.manifest["versions"]:
+            self.manifest["versions"].append(self._versions)
         self._save()
 
     def _read(self) -> dict[str, Any]:
@@ -180,7 +181,8 @@ class Run:
             os.truncate(path, end)
 
 
-def _sha256(path: Path) -> str:
+def file_digest(path: Path) -> str:
+    """The SHA-256 of a file, or "missing"."""
     if not path.is_file():
         return "missing"
     with path.open("rb") as file:

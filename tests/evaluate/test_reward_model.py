@@ -25,7 +25,9 @@ def brute_force_accuracy(scores, ranks, tie_credit):
         for i, j in combinations(range(len(row)), 2):
             if order[i] == order[j]:
                 continue
-            if row[i] is None or row[j] is None or row[i] == row[j]:
+            if row[i] is None or row[j] is None:
+                credits += [] if tie_credit is None else [0.0]
+            elif row[i] == row[j]:
                 credits += [] if tie_credit is None else [tie_credit]
             else:
                 credits.append(float((row[i] > row[j]) == (order[i] < order[j])))
@@ -117,7 +119,7 @@ def test_unscored_responses_are_left_out_and_counted():
 def test_a_judge_that_fails_to_answer_earns_nothing():
     """Half of the responses unscored must not look like a perfect judge of the other half."""
     metrics = reward_model_metrics([[None, None], [3.0, 1.0]], [[0, 1], [0, 1]])
-    assert metrics["pairwise_accuracy"] == {"wrong": 0.5, "half": 0.75, "drop": 1.0, "right": 1.0}
+    assert metrics["pairwise_accuracy"] == {"wrong": 0.5, "half": 0.5, "drop": 1.0, "right": 0.5}
     assert metrics["exact_match"] == metrics["spearman"] == metrics["kendall_tau"] == 0.5
 
 

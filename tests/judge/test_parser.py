@@ -99,3 +99,31 @@ def test_line_of_the_score_ends_the_judgement():
     assert through_score_line("Fine.\n**Score:** 4/5.\n\nNow more") == "Fine.\n**Score:** 4/5."
     assert through_score_line("Score: 2\nno, Score: 3") == "Score: 2\nno, Score: 3"
     assert through_score_line("no verdict\nat all") == "no verdict\nat all"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("Score: 1 + 1 + 1 = 3", (3.0, None)),
+        ("Score: 2+1=**3**", (3.0, None)),
+        ("Score: 1+1+1+1+1 = 5/5", (5.0, None)),
+        ("Score: 2 + 1 = 3/10", (None, "out of range")),
+        ("Score: 1 + 1", (None, "a sum without its total")),
+        ("Score: 1 + 1, so Score: 2", (2.0, None)),
+        ("Score: 5 = excellent", (5.0, None)),
+        ("Score: 4+", (4.0, None)),
+        ("Score: 4\n\n- 1 point lost for length", (4.0, None)),
+        ("Score: 4\n\n+ clear", (4.0, None)),
+        ("Score: 4 to 5", (None, "out of range")),
+    ],
+)
+def test_sums_and_what_follows_a_score(text, expected):
+    """The additive prompt invites sums; their first term is not the verdict."""
+    assert parse_score(text) == expected
+
+
+@pytest.mark.parametrize("tail", ["=   ", " + 1", "\n+", " = "])
+def test_loops_of_a_small_model_take_linear_time(tail):
+    start = time.perf_counter()
+    parse_score("Score: 1" + tail * 8000)
+    assert time.perf_counter() - start < 1.0

@@ -12,7 +12,7 @@ from srlm_fast.data import jsonl
 from srlm_fast.data.records import PromptRow, user
 from srlm_fast.errors import UserError
 from srlm_fast.recipes import load_config
-from srlm_fast.rounds.manifest import Run, stage_seed
+from srlm_fast.rounds.manifest import Run, file_digest, stage_seed
 
 ROWS = [PromptRow(user("one")), PromptRow(user("two"))]
 
@@ -93,10 +93,10 @@ def test_changed_inputs_are_noticed(tmp_path: Path) -> None:
     data = tmp_path / "data.jsonl"
     data.write_text("{}")
     config = load_config("sandbox-spa")
-    Run(tmp_path / "run", config, {}, [data]).close()
+    Run(tmp_path / "run", config, {}, {"data": file_digest(data)}).close()
     data.write_text("{ }")
-    with pytest.raises(UserError, match=r"data\.jsonl was changed"):
-        Run(tmp_path / "run", config, {}, [data])
+    with pytest.raises(UserError, match="data was changed"):
+        Run(tmp_path / "run", config, {}, {"data": file_digest(data)})
 
 
 def test_a_lost_manifest_is_no_new_run(tmp_path: Path) -> None:
@@ -113,8 +113,10 @@ def test_a_lost_manifest_is_no_new_run(tmp_path: Path) -> None:
 
 def test_other_versions_are_kept_beside_the_first(tmp_path: Path) -> None:
     config = load_config("sandbox-spa")
-    for versions in ({"torch": "1"}, {"torch": "2"}, {"torch": "2"}):
-        Run(tmp_path, config, versions).close()
+    for i, version in enumerate("122"):
+        run = Run(tmp_path, config, {"torch": version})
+        run.result(f"stage {i % 2}", dict)
+        run.close()
     manifest = json.loads((tmp_path / "manifest.json").read_text())
     assert manifest["versions"] == [{"torch": "1"}, {"torch": "2"}]
 

@@ -24,6 +24,7 @@ import transformers
 
 from srlm_fast.config import SandboxConfig
 from srlm_fast.data.jsonl import write_json
+from srlm_fast.errors import UserError
 from srlm_fast.model.weights import save_model
 from srlm_fast.sandbox.documents import JUDGE_PROMPT, TASK_LIST
 from srlm_fast.sandbox.tokenizer import make_tokenizer
@@ -49,6 +50,12 @@ def make_base_model(config: SandboxConfig, *, seed: int, num_threads: int = 0) -
     for found in (folder, capped):
         if found.is_dir():
             return found
+    try:  # before minutes of training, not after them
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"cannot write to {folder.parent}: {error.strerror}; set --sandbox.cache_dir"
+        ) from error
     tokenizer = make_tokenizer()
     with _threads(num_threads):
         model, record = pretrain(config, tokenizer, seed=seed)
@@ -104,7 +111,6 @@ def _report(record: Pretraining, config: SandboxConfig) -> None:
 
 def _save(model: Any, tokenizer: Any, record: Pretraining, folder: Path) -> Path:
     """Writes the folder under a temporary name and renames it: it is complete or absent."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".making-", dir=folder.parent) as work:
         fresh = Path(work) / folder.name
         save_model(model, tokenizer, fresh)

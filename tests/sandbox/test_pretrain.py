@@ -170,3 +170,13 @@ def test_thread_count_holds_for_the_training_only(
 def test_unknown_world(quick: SandboxConfig) -> None:
     with pytest.raises(UserError, match=r"sandbox\.world"):
         make_base_model(dataclasses.replace(quick, world="W9"), seed=0)
+
+
+def test_a_cache_that_cannot_be_written_is_said_before_the_training(
+    quick: SandboxConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "pretrain", forbid)
+    (tmp_path / "file").write_text("")
+    config = dataclasses.replace(quick, cache_dir=str(tmp_path / "file" / "cache"))
+    with pytest.raises(UserError, match=r"--sandbox\.cache_dir"):
+        make_base_model(config, seed=0)

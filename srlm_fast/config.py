@@ -114,7 +114,7 @@ class PreferenceConfig(TrainConfig):
     num_train_epochs: int = 1
     loss_type: str = "sigmoid"  # a name of srlm_kernels.losses.LOSSES; spa is set by the method
     beta: float = 0.1
-    label_smoothing: float = 0.0  # of sigmoid (cDPO) and robust
+    label_smoothing: float = 0.0  # of sigmoid (cDPO), robust, aot; exo_pair needs some
     simpo_gamma: float = 0.5
     rpo_alpha: float = 0.0  # weight of the chosen response's mean negative log-likelihood
     reference: Literal["previous", "fixed"] = "previous"

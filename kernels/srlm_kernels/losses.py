@@ -4,12 +4,14 @@ A loss is a frozen callable, `loss(s: PairLogps, **pair) -> [P]`, in nats. It ne
 any implementation of the log-probabilities, fused or not, can drive it.
 
 Notation: `r_w`, `r_l` are the log-ratios policy / reference of the chosen and the rejected
-response, `m = r_w - r_l` is the margin, `ls` the logarithm of the sigmoid. Names and normalisation
-follow TRL's `DPOTrainer`, so that a TRL `loss_type` means the same here.
+response, `m = r_w - r_l` is the margin, `ls` the logarithm of the sigmoid and `e` the label
+smoothing. Names and normalisation follow TRL's `DPOTrainer`, so that a TRL `loss_type` means the
+same here. Numbers such as 2305.18290 are arXiv's.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
@@ -18,65 +20,18 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-
-@dataclass(frozen=True)
-class PairLogps:
-    """What is known of P pairs; every field is [P], fp32 (fp64 for fp64 inputs).
-
-    Sums of token log-probabilities over the response under the policy, the reference and the
-    extrapolated logits (the last two never carry gradients), and the number of scored tokens.
-    Without a reference its sums are 0; without extrapolation `ext_*` are the policy's sums.
-    """
-
-    chosen: Tensor
-    rejected: Tensor
-    ref_chosen: Tensor
-    ref_rejected: Tensor
-    ext_chosen: Tensor
-    ext_rejected: Tensor
-    chosen_len: Tensor
-    rejected_len: Tensor
-
-    @property
-    def chosen_ratio(self) -> Tensor:
-        return self.chosen - self.ref_chosen
-
-    @property
-    def rejected_ratio(self) -> Tensor:
-        return self.rejected - self.ref_rejected
-
-    @property
-    def margin(self) -> Tensor:
-        return self.chosen_ratio - self.rejected_ratio
-
-    @property
-    def ext_margin(self) -> Tensor:
-        """The margin with the extrapolated policy in the policy's place."""
-        return (self.ext_chosen - self.ref_chosen) - (self.ext_rejected - self.ref_rejected)
-
-    @property
-    def mean_margin(self) -> Tensor:
-        """The margin of the log-ratios per token; an empty response counts as one token."""
-        chosen = self.chosen_ratio / self.chosen_len.clamp(min=1)
-        return chosen - self.rejected_ratio / self.rejected_len.clamp(min=1)
+from srlm_kernels.pair_loss import PairLogps as PairLogps  # part of what this file offers
+from srlm_kernels.pair_loss import PairLoss, WrittenLoss
 
 
 @dataclass(frozen=True)
-class PairLoss:
-    """Base of the losses.
-
-    `coupled`: a pair's loss depends on other pairs, so all sums must be known first.
-    `antisymmetric`: d loss/d rejected = -(d loss/d chosen) for every pair.
-    """
-
-    coupled: ClassVar[bool] = False
-    antisymmetric: ClassVar[bool] = False
-
-    beta: float
+class _LabelSmoothing(PairLoss):
+    label_smoothing: float = 0.0
 
     def __post_init__(self) -> None:
-        if not self.beta > 0:
-            raise ValueError(f"beta must be positive, got {self.beta}")
+        super().__post_init__()
+        if not 0 <= self.label_smoothing <= 1:
+            raise ValueError(f"label_smoothing must lie in [0, 1], got {self.label_smoothing}")
 
 
 def _smoothed(x: Tensor, smoothing: float | Tensor) -> Tensor:
@@ -88,20 +43,13 @@ def _smoothed(x: Tensor, smoothing: float | Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class dpo(PairLoss):
-    """-ls(beta m); with label smoothing e: -(1-e) ls(beta m) - e ls(-beta m) (cDPO).
+class dpo(_LabelSmoothing):
+    """-ls(beta m) (DPO, 2305.18290, eq. 7); smoothed: -(1-e) ls(beta m) - e ls(-beta m) (cDPO).
 
     A pair tensor `label_smoothing` [P] gives each pair its own e (CREAM's weight is 1-e).
     """
 
     antisymmetric: ClassVar[bool] = True
-
-    label_smoothing: float = 0.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 <= self.label_smoothing <= 1:
-            raise ValueError(f"label_smoothing must lie in [0, 1], got {self.label_smoothing}")
 
     def __call__(self, s: PairLogps, *, label_smoothing: Tensor | None = None) -> Tensor:
         smoothing = self.label_smoothing if label_smoothing is None else label_smoothing
@@ -110,7 +58,7 @@ class dpo(PairLoss):
 
 @dataclass(frozen=True)
 class spa(PairLoss):
-    """DPO whose suspect labels are smoothed by `alpha` (SPA, arXiv 2406.04412, eq. 10 to 12).
+    """DPO whose suspect labels are smoothed by `alpha` (SPA, 2406.04412, eq. 10 to 12).
 
     A pair is suspect when `beta * ext_margin < threshold`, `threshold` being beta-scaled too. The
     authors' code also counts equality as suspect: `flag_equal=True`. `alpha=0` is `dpo` bit for
@@ -140,7 +88,10 @@ class spa(PairLoss):
 
 @dataclass(frozen=True)
 class robust(PairLoss):
-    """[(1-e)(-ls(beta m)) - e (-ls(-beta m))] / (1-2e): unbiased under label flips of rate e."""
+    """[(1-e)(-ls(beta m)) - e (-ls(-beta m))] / (1-2e) (robust DPO, 2403.00409).
+
+    Unbiased when a fraction e of the labels is flipped.
+    """
 
     antisymmetric: ClassVar[bool] = True
 
@@ -158,7 +109,7 @@ class robust(PairLoss):
 
 @dataclass(frozen=True)
 class hinge(PairLoss):
-    """max(0, 1 - beta m) (SLiC on log-ratios)."""
+    """max(0, 1 - beta m) (SLiC, 2305.10425, on log-ratios; RSO, 2309.06657)."""
 
     antisymmetric: ClassVar[bool] = True
 
@@ -168,7 +119,10 @@ class hinge(PairLoss):
 
 @dataclass(frozen=True)
 class ipo(PairLoss):
-    """(m_mean - 1/(2 beta))^2, `m_mean` being the margin of per-token means (IPO, eq. 17)."""
+    """(m_mean - 1/(2 beta))^2, `m_mean` being the margin of per-token means.
+
+    IPO, 2310.12036, eq. 17; the means are TRL's reading, agreed with the authors.
+    """
 
     def __call__(self, s: PairLogps) -> Tensor:
         return (s.mean_margin - 1 / (2 * self.beta)) ** 2
@@ -184,7 +138,10 @@ class sigmoid_norm(PairLoss):
 
 @dataclass(frozen=True)
 class simpo(PairLoss):
-    """-ls(beta logp_w/len_w - beta logp_l/len_l - gamma) (SimPO); a reference is not used."""
+    """-ls(beta logp_w/len_w - beta logp_l/len_l - gamma) (SimPO, 2405.14734, eq. 6).
+
+    A reference is not used.
+    """
 
     gamma: float = 0.5
 
@@ -196,7 +153,10 @@ class simpo(PairLoss):
 
 @dataclass(frozen=True)
 class sppo_hard(PairLoss):
-    """(r_w - 1/(2 beta))^2 + (r_l + 1/(2 beta))^2 (SPPO with hard labels, beta = 1/eta)."""
+    """(r_w - 1/(2 beta))^2 + (r_l + 1/(2 beta))^2 (SPPO, 2405.00675, eq. 4.7, beta = 1/eta).
+
+    The winner's probability is taken to be 1 (hard labels).
+    """
 
     def __call__(self, s: PairLogps) -> Tensor:
         half = 0.5 / self.beta
@@ -205,7 +165,7 @@ class sppo_hard(PairLoss):
 
 @dataclass(frozen=True)
 class nca_pair(PairLoss):
-    """-ls(beta r_w) - ls(-beta r_w)/2 - ls(-beta r_l)/2 (NCA)."""
+    """-ls(beta r_w) - ls(-beta r_w)/2 - ls(-beta r_l)/2 (NCA, 2402.05369)."""
 
     def __call__(self, s: PairLogps) -> Tensor:
         chosen, rejected = self.beta * s.chosen_ratio, self.beta * s.rejected_ratio
@@ -214,7 +174,7 @@ class nca_pair(PairLoss):
 
 @dataclass(frozen=True)
 class apo_zero(PairLoss):
-    """sigmoid(-beta r_w) + sigmoid(beta r_l): chosen up, rejected down (APO, eq. 7)."""
+    """sigmoid(-beta r_w) + sigmoid(beta r_l): chosen up, rejected down (2408.06266, eq. 7)."""
 
     def __call__(self, s: PairLogps) -> Tensor:
         return (-self.beta * s.chosen_ratio).sigmoid() + (self.beta * s.rejected_ratio).sigmoid()
@@ -222,15 +182,103 @@ class apo_zero(PairLoss):
 
 @dataclass(frozen=True)
 class apo_down(PairLoss):
-    """sigmoid(beta r_w) + sigmoid(-beta m): both down, rejected more (APO, eq. 8)."""
+    """sigmoid(beta r_w) + sigmoid(-beta m): both down, rejected more (2408.06266, eq. 8)."""
 
     def __call__(self, s: PairLogps) -> Tensor:
         return (self.beta * s.chosen_ratio).sigmoid() + (-self.beta * s.margin).sigmoid()
 
 
 @dataclass(frozen=True)
-class with_nll:
-    """`loss` + alpha * the chosen response's mean negative log-likelihood (Iterative RPO)."""
+class bco_pair(PairLoss):
+    """-ls(beta r_w) - ls(-beta r_l): BCO, 2404.04656, on pairs, its reward shift left at 0."""
+
+    def __call__(self, s: PairLogps) -> Tensor:
+        return -logsigmoid(self.beta * s.chosen_ratio) - logsigmoid(-self.beta * s.rejected_ratio)
+
+
+@dataclass(frozen=True)
+class exo_pair(PairLoss):
+    """KL(p || (1-e, e)), p = (sigmoid(beta m), sigmoid(-beta m)) (EXO, 2402.00856, eq. 16)."""
+
+    antisymmetric: ClassVar[bool] = True
+
+    label_smoothing: float = 1e-3
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.label_smoothing < 1:
+            raise ValueError(f"label_smoothing must lie in (0, 1), got {self.label_smoothing}")
+
+    def __call__(self, s: PairLogps) -> Tensor:
+        x, e = self.beta * s.margin, self.label_smoothing
+        chosen = x.sigmoid() * (logsigmoid(x) - math.log1p(-e))
+        return chosen + (-x).sigmoid() * (logsigmoid(-x) - math.log(e))
+
+
+@dataclass(frozen=True)
+class discopop(PairLoss):
+    """-(1-g) ls(beta m) + g exp(-beta m), g = sigmoid(beta m / tau) (2406.08414, eq. 5)."""
+
+    antisymmetric: ClassVar[bool] = True
+
+    tau: float = 0.05
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.tau > 0:
+            raise ValueError(f"tau must be positive, got {self.tau}")
+
+    def __call__(self, s: PairLogps) -> Tensor:
+        x = self.beta * s.margin
+        # One exponential: the product sigmoid(x / tau) * exp(-x) is 0 * inf far below 0.
+        exponential = (logsigmoid(x / self.tau) - x).exp()
+        return exponential - (-x / self.tau).sigmoid() * logsigmoid(x)
+
+
+def _in_order_of(x: Tensor, values: Tensor) -> Tensor:
+    """`values` rearranged: its k-th smallest stands where `x` has its k-th smallest."""
+    rank = x.argsort(stable=True).argsort()
+    return values.sort(stable=True).values[rank]
+
+
+@dataclass(frozen=True)
+class aot(_LabelSmoothing):
+    """DPO's loss of sorted(policy margins) - sorted(reference margins) (AOT, 2406.05882).
+
+    Quantile is compared with quantile over all pairs of the call. The loss stands at the pair
+    whose policy margin is meant (TRL leaves it in sorted order).
+    """
+
+    coupled: ClassVar[bool] = True
+    antisymmetric: ClassVar[bool] = True
+
+    def __call__(self, s: PairLogps) -> Tensor:
+        policy = s.chosen - s.rejected
+        reference = _in_order_of(policy, s.ref_chosen - s.ref_rejected)
+        return _smoothed(self.beta * (policy - reference), self.label_smoothing)
+
+
+@dataclass(frozen=True)
+class aot_unpaired(_LabelSmoothing):
+    """DPO's loss of sorted(r_w) - sorted(r_l), r over all pairs of the call (AOT, 2406.05882).
+
+    The loss stands at the pair whose chosen response is meant (TRL leaves it in sorted order).
+    """
+
+    coupled: ClassVar[bool] = True
+
+    def __call__(self, s: PairLogps) -> Tensor:
+        rejected = _in_order_of(s.chosen_ratio, s.rejected_ratio)
+        return _smoothed(self.beta * (s.chosen_ratio - rejected), self.label_smoothing)
+
+
+@dataclass(frozen=True)
+class with_nll(WrittenLoss):
+    """`loss` - alpha * logp_w / len_w: the chosen response's NLL per token added (RPO, 2404.19733).
+
+    Each response is normalised by its own length, as in the paper; TRL's `sft` term by the chosen
+    tokens of the whole batch.
+    """
 
     antisymmetric: ClassVar[bool] = False
 
@@ -250,12 +298,22 @@ LOSSES: dict[str, type[PairLoss]] = {
     "ipo": ipo,
     "hinge": hinge,
     "robust": robust,
-    "sppo_hard": sppo_hard,
+    "exo_pair": exo_pair,
     "nca_pair": nca_pair,
+    "bco_pair": bco_pair,
+    "sppo_hard": sppo_hard,
+    "aot": aot,
+    "aot_unpaired": aot_unpaired,
     "apo_zero": apo_zero,
     "apo_down": apo_down,
+    "discopop": discopop,
     "sigmoid_norm": sigmoid_norm,
     "simpo": simpo,
 }
 """By TRL's `loss_type`; each is made by `LOSSES[name](beta=...)` plus its own options. `simpo` is
-TRL's CPO loss of that name."""
+TRL's CPO loss of that name.
+
+Of `DPOTrainer`'s types only `sft` is missing: it has no rejected response (see `with_nll`). What
+carries state from step to step has no place here: `BCOTrainer`'s running reward shift, which TRL's
+own `bco_pair` leaves out too.
+"""

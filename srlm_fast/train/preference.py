@@ -101,7 +101,7 @@ def train_preference(
 def pair_loss(config: PreferenceConfig) -> Callable[..., Tensor]:
     """The loss that `config.loss_type` names, without the likelihood term.
 
-    Raises UserError when there is no such loss.
+    Raises UserError when there is no such loss, or when it refuses its options.
     """
     if config.loss_type not in losses.LOSSES:
         known = ", ".join(losses.LOSSES)
@@ -109,7 +109,10 @@ def pair_loss(config: PreferenceConfig) -> Callable[..., Tensor]:
     options = {"label_smoothing": config.label_smoothing, "gamma": config.simpo_gamma}
     kind: Any = losses.LOSSES[config.loss_type]
     taken = {field.name for field in dataclasses.fields(kind)}
-    loss = kind(beta=config.beta, **{k: v for k, v in options.items() if k in taken})
+    try:
+        loss = kind(beta=config.beta, **{k: v for k, v in options.items() if k in taken})
+    except ValueError as refusal:
+        raise UserError(f"preference.loss_type {config.loss_type}: {refusal}") from None
     return cast(Callable[..., Tensor], loss)
 
 

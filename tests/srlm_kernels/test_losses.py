@@ -20,6 +20,10 @@ def sigmoid(x: float) -> float:
     return math.exp(ls(x))
 
 
+def sigmoids(x: float) -> tuple[float, float]:
+    return sigmoid(x), sigmoid(-x)
+
+
 def smoothed(x: float, e: float) -> float:
     return -(1 - e) * ls(x) - e * ls(-x)
 
@@ -51,15 +55,30 @@ FORMULAS = {
     losses.apo_down(BETA): lambda c, r, rc, rr, nc, nr: (
         sigmoid(BETA * (c - rc)) + 1 - sigmoid(BETA * (c - rc - r + rr))
     ),
+    losses.bco_pair(BETA): lambda c, r, rc, rr, nc, nr: -ls(BETA * (c - rc)) - ls(-BETA * (r - rr)),
+    losses.exo_pair(BETA, 0.1): lambda c, r, rc, rr, nc, nr: sum(
+        p * math.log(p / q)
+        for p, q in zip(sigmoids(BETA * (c - rc - r + rr)), (0.9, 0.1), strict=True)
+    ),
+    losses.discopop(BETA, 0.5): lambda c, r, rc, rr, nc, nr: (
+        (1 - sigmoid(BETA * (c - rc - r + rr) / 0.5)) * -ls(BETA * (c - rc - r + rr))
+        + sigmoid(BETA * (c - rc - r + rr) / 0.5) * math.exp(-BETA * (c - rc - r + rr))
+    ),
     losses.with_nll(losses.dpo(BETA), 0.5): lambda c, r, rc, rr, nc, nr: (
         -ls(BETA * (c - rc - r + rr)) - 0.5 * c / nc
     ),
 }
-ALL = [*FORMULAS, losses.spa(BETA, 0.1, 0.2)]
-
-
-def name_of(loss: object) -> str:
-    return type(loss).__name__
+ALL = [
+    *FORMULAS,
+    *[make(beta=BETA) for make in losses.LOSSES.values()],
+    losses.spa(BETA, 0.1, 0.2),
+    losses.aot(BETA, 0.2),
+    losses.aot_unpaired(BETA, 0.2),
+    *[
+        losses.with_nll(loss, 0.5)
+        for loss in (losses.spa(BETA, 0.1, 0.2), losses.ipo(BETA), losses.aot(BETA))
+    ],
+]
 
 
 @pytest.fixture
@@ -77,7 +96,7 @@ def trainable(s: PairLogps) -> PairLogps:
     return dataclasses.replace(s, **ends)
 
 
-@pytest.mark.parametrize("loss", FORMULAS, ids=name_of)
+@pytest.mark.parametrize("loss", FORMULAS, ids=str)
 def test_loss_equals_its_formula(loss, s):
     fields = ("chosen", "rejected", "ref_chosen", "ref_rejected", "chosen_len", "rejected_len")
     pairs = zip(*(getattr(s, field).tolist() for field in fields), strict=True)
@@ -148,16 +167,82 @@ def test_swapping_the_pair_swaps_the_label_weight(s):
         assert torch.equal(straight, losses.dpo(BETA)(swapped, label_smoothing=1 - e))
 
 
-@pytest.mark.parametrize("loss", ALL, ids=name_of)
-def test_declared_structure_holds(loss, trainable):
-    ends = (trainable.chosen, trainable.rejected)
-    chosen, rejected = torch.autograd.grad(
-        loss(trainable).sum(), ends, allow_unused=True, materialize_grads=True
-    )
+def slopes_of(loss, s: PairLogps) -> tuple[torch.Tensor, torch.Tensor]:
+    """d(sum of losses)/d(chosen, rejected)."""
+    chosen, rejected = (x.clone().requires_grad_() for x in (s.chosen, s.rejected))
+    total = loss(dataclasses.replace(s, chosen=chosen, rejected=rejected)).sum()
+    return torch.autograd.grad(total, (chosen, rejected), allow_unused=True, materialize_grads=True)
+
+
+def taken(s: PairLogps, index: torch.Tensor) -> PairLogps:
+    """The pairs of that index, in that order."""
+    return PairLogps(*(values[index] for values in vars(s).values()))
+
+
+@pytest.mark.parametrize("loss", ALL, ids=str)
+def test_antisymmetric_means_opposite_slopes(loss, s):
+    chosen, rejected = slopes_of(loss, s)
+    assert chosen.any()
     assert torch.allclose(chosen, -rejected, rtol=1e-12, atol=0) is loss.antisymmetric
-    first = torch.autograd.grad(loss(trainable)[0], ends)
-    coupled = any(bool(slope[1:].any()) for slope in first)
-    assert coupled is loss.coupled
+
+
+@pytest.mark.parametrize("loss", ALL, ids=str)
+def test_coupled_means_that_a_pair_alone_has_other_slopes(loss, s):
+    together = torch.stack(slopes_of(loss, s))
+    one_by_one = [slopes_of(loss, taken(s, torch.tensor([p]))) for p in range(len(s.chosen))]
+    alone = torch.cat([torch.stack(slopes) for slopes in one_by_one], dim=1)
+    assert torch.allclose(together, alone, rtol=1e-12, atol=0) is not loss.coupled
+
+
+@pytest.mark.parametrize("loss", ALL, ids=str)
+def test_losses_and_slopes_move_with_their_pairs(loss, s):
+    """Regression: sorted losses stand at the wrong pairs, and chunks come in another order."""
+    order = torch.tensor([4, 0, 8, 2, 7, 5, 1, 6, 3])
+    moved = taken(s, order)
+    assert torch.equal(loss(moved), loss(s)[order])
+    for ours, truth in zip(slopes_of(loss, moved), slopes_of(loss, s), strict=True):
+        assert torch.equal(ours, truth[order])
+
+
+@pytest.mark.parametrize("e", [0.0, 0.2])
+def test_aot_compares_quantiles(s, e):
+    """Sorted policy margins less sorted reference margins; unpaired: sorted r_w less sorted r_l."""
+    policy = sorted((s.chosen - s.rejected).tolist())
+    reference = sorted((s.ref_chosen - s.ref_rejected).tolist())
+    chosen = sorted((s.chosen - s.ref_chosen).tolist())
+    rejected = sorted((s.rejected - s.ref_rejected).tolist())
+    for loss, left, right, place in (
+        (losses.aot(BETA, e), policy, reference, s.chosen - s.rejected),
+        (losses.aot_unpaired(BETA, e), chosen, rejected, s.chosen_ratio),
+    ):
+        truth = [smoothed(BETA * (a - b), e) for a, b in zip(left, right, strict=True)]
+        ours = loss(s)[place.argsort()]
+        torch.testing.assert_close(ours, torch.tensor(truth, dtype=torch.float64))
+
+
+def test_aot_of_one_pair_is_dpo(s):
+    one = taken(s, torch.tensor([3]))
+    for make in (losses.aot, losses.aot_unpaired):
+        torch.testing.assert_close(make(BETA, 0.1)(one), losses.dpo(BETA, 0.1)(one))
+
+
+@pytest.mark.parametrize("margin", [-1e4, -300.0, -90.0, 90.0, 300.0, 1e4])
+@pytest.mark.parametrize("loss", [losses.exo_pair(1.0), losses.discopop(1.0)], ids=str)
+def test_products_of_exponentials_stay_finite_far_out(loss, margin):
+    """Regression: discopop's sigmoid(x / tau) * exp(-x) is 0 * inf in fp32 from x = -89 on."""
+    zero = torch.zeros(1)
+    chosen = torch.tensor([margin], requires_grad=True)
+    values = loss(PairLogps(chosen, *[zero] * 5, zero + 1, zero + 1))
+    (slope,) = torch.autograd.grad(values.sum(), chosen)
+    limits = {
+        losses.exo_pair: (-math.log(1e-3), -math.log(1 - 1e-3)),
+        losses.discopop: (-margin, 0.0),
+    }
+    below, above = limits[type(loss)]
+    truth = below if margin < 0 else above
+    torch.testing.assert_close(values, torch.tensor([truth]), rtol=1e-6, atol=1e-6)
+    flat = type(loss) is losses.exo_pair or margin > 0
+    torch.testing.assert_close(slope, torch.tensor([0.0 if flat else -1.0]), rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("e", [0.0, 0.5, 1.0])
@@ -187,7 +272,8 @@ def test_empty_responses_do_not_divide_by_zero(trainable):
 
 
 def test_names_are_trls_and_take_beta():
-    names = "sigmoid ipo hinge robust sppo_hard nca_pair apo_zero apo_down sigmoid_norm simpo"
+    names = "sigmoid ipo hinge robust exo_pair nca_pair bco_pair sppo_hard aot aot_unpaired"
+    names += " apo_zero apo_down discopop sigmoid_norm simpo"
     assert set(losses.LOSSES) == set(names.split())
     assert losses.LOSSES["sigmoid"](beta=0.2) == losses.dpo(0.2)
     assert all(make(beta=0.2).beta == 0.2 for make in losses.LOSSES.values())
@@ -204,6 +290,9 @@ def test_losses_are_frozen():
         (lambda: losses.dpo(0.0), "beta must be positive"),
         (lambda: losses.hinge(float("nan")), "beta must be positive"),
         (lambda: losses.dpo(0.1, 1.5), r"label_smoothing must lie in \[0, 1\]"),
+        (lambda: losses.aot(0.1, -0.1), r"label_smoothing must lie in \[0, 1\]"),
+        (lambda: losses.exo_pair(0.1, 0.0), r"label_smoothing must lie in \(0, 1\)"),
+        (lambda: losses.discopop(0.1, 0.0), "tau must be positive"),
         (lambda: losses.robust(0.1, 0.5), r"label_smoothing must lie in \[0, 0.5\)"),
         (lambda: losses.spa(0.1, -0.1, 0.0), r"alpha must lie in \[0, 1\]"),
     ],

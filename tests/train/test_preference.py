@@ -249,7 +249,8 @@ def test_bf16_trains_from_an_exact_start(train):
 def test_every_loss_type_trains(train):
     config = replace(CONFIG, num_train_epochs=2, per_device_train_batch_size=12)
     for name in losses.LOSSES:
-        _, summary, _ = train(replace(config, loss_type=name))
+        smoothing = 0.1 if name == "exo_pair" else 0.0
+        _, summary, _ = train(replace(config, loss_type=name, label_smoothing=smoothing))
         assert math.isfinite(summary["loss_last"]) and summary["skipped_steps"] == 0
 
 
@@ -270,6 +271,7 @@ def test_dropped_pairs_are_counted_and_have_no_flag(train, pairs):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"loss_type": "exo_pair"}, r"preference.loss_type exo_pair: label_smoothing must lie in"),
         ({"loss_type": "sigmod"}, "unknown preference.loss_type 'sigmod'.*sigmoid"),
         ({"beta": 0.0}, "beta must be above 0"),
         ({"max_length": 2}, "all 12 training rows were dropped"),

@@ -15,6 +15,7 @@ import torch
 
 import srlm_fast
 import srlm_kernels
+from srlm_kernels import native
 
 REQUIRED = ("torch", "triton", "transformers", "tokenizers", "safetensors", "numpy")
 OPS = ("linear_logp", "linear_preference_loss")
@@ -42,12 +43,14 @@ def collect() -> dict[str, Any]:
     """Everything `python -m srlm_fast.env` prints, as one JSON object.
 
     Keys: `versions`, `device` (one line per fact), `optional` (extra -> version, or why it is not
-    usable; each installed one is imported) and `ops` (op -> implementation that `auto` takes).
+    usable; each installed one is imported), `extensions` (the C++ ops: their file, or why they are
+    not in use) and `ops` (op -> implementation that `auto` takes).
     """
     return {
         "versions": versions(),
         "device": _device(),
         "optional": {extra: probe(extra, *names) for extra, names in OPTIONAL.items()},
+        "extensions": {"C++ row kernels": native.why()},
         "ops": _ops(),
     }
 
@@ -98,7 +101,7 @@ def _ops() -> dict[str, str]:
 
 
 def main() -> None:
-    """Print `collect()` as four short tables."""
+    """Print `collect()` as short tables."""
     for title, rows in collect().items():
         print(title)
         width = max(map(len, rows))

@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from srlm_fast import env
+from srlm_kernels import native
+from srlm_kernels.dispatch import implementations
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -30,7 +32,8 @@ def test_collect_is_json_and_covers_every_extra_and_op() -> None:
     assert json.loads(json.dumps(found)) == found
     assert found["optional"].keys() == env.OPTIONAL.keys()
     assert found["ops"].keys() == set(env.OPS)
-    assert all("reference" in line for line in found["ops"].values())
+    assert all(line.split()[0] in implementations(op) for op, line in found["ops"].items())
+    assert found["extensions"] == {"C++ row kernels": native.why()}
     assert ("gpu 0" in found["device"]) == torch.cuda.is_available()
 
 

@@ -1,7 +1,4 @@
-"""Argument checks shared by the ops: shapes, dtypes and options, so that no device is waited for.
-
-Each takes the arguments of an op as keywords and passes over those that it does not check.
-"""
+"""Argument checks of the ops: shapes, dtypes and options; none of them waits for a device."""
 
 from __future__ import annotations
 
@@ -35,6 +32,15 @@ def _expect_matrix(name: str, tensor: Tensor) -> None:
         )
 
 
+def _expect_tokens(target: Tensor, vocabulary: int, ignore_index: int) -> None:
+    outside = ((target < 0) | (target >= vocabulary)) & (target != ignore_index)
+    if outside.any():
+        raise IndexError(
+            f"target holds {target[outside][0].item()}, out of bounds for a head of {vocabulary} "
+            f"tokens and not ignore_index={ignore_index}"
+        )
+
+
 def stats_dtype(hidden: Tensor, logits_dtype: torch.dtype | None) -> torch.dtype:
     """The dtype of log-sum-exps and results: fp64 for fp64 logits, else fp32."""
     wide = (logits_dtype or hidden.dtype) == torch.float64
@@ -51,15 +57,14 @@ def check_projection(
     softcap: float | None,
     temperature: float,
     outputs: Collection[str],
+    ignore_index: int,
     logits_dtype: torch.dtype | None,
     process_group: object,
-    **_: object,
 ) -> None:
-    """Raises TypeError or ValueError naming the argument that does not fit the others."""
-    if process_group is not None:
-        raise ValueError(
-            "process_group: a vocabulary sharded over ranks is not implemented; "
-            "pass the whole head and process_group=None"
+    """Raises TypeError, ValueError or IndexError naming the argument that does not fit."""
+    if process_group is not None and not hasattr(process_group, "group_name"):
+        raise TypeError(
+            f"process_group must be a torch.distributed group, got {type(process_group).__name__}"
         )
     _expect_matrix("hidden", hidden)
     _expect_matrix("weight", weight)
@@ -69,8 +74,12 @@ def check_projection(
         _expect_indices("rows", rows)
     _expect_indices("target", target)
     _expect_shape("target", target, (hidden.shape[0] if rows is None else rows.shape[0],))
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap must be positive or None, got {softcap}")
+    # Only where reading the targets waits for no device; elsewhere such a row becomes NaN.
+    whole = process_group is None
+    if whole and target.device.type == "cpu" and not torch.compiler.is_compiling():
+        _expect_tokens(target, weight.shape[0], ignore_index)
+    if softcap is not None and not 0 < softcap < math.inf:
+        raise ValueError(f"softcap must be positive and finite, or None, got {softcap}")
     if not temperature > 0:
         raise ValueError(f"temperature must be positive, got {temperature}")
     if logits_dtype is not None and not logits_dtype.is_floating_point:
@@ -87,7 +96,6 @@ def check_reference(
     ref_weight: Tensor | None,
     ref_bias: Tensor | None,
     extrapolation: float | None,
-    **_: object,
 ) -> None:
     """Raises TypeError or ValueError when the reference does not fit the policy."""
     if ref_hidden is None:
@@ -122,7 +130,6 @@ def check_pairs(
     extrapolation: float | None,
     grad_weight_out: Tensor | None,
     logits_dtype: torch.dtype | None,
-    **_: object,
 ) -> None:
     """Raises TypeError or ValueError when sequences, pairs and references do not fit together."""
     _expect_indices("cu_seqlens", cu_seqlens)
@@ -132,7 +139,7 @@ def check_pairs(
             f"cu_seqlens must hold 2P+1 offsets (chosen and rejected in turn), got {sequences + 1}"
         )
     # Only where reading the offsets waits for no device.
-    if cu_seqlens.device.type == "cpu":
+    if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
         ends = (int(cu_seqlens[0]), int(cu_seqlens[-1]))
         if ends != (0, target.shape[0]) or bool((cu_seqlens.diff() < 0).any()):
             raise ValueError(
@@ -153,3 +160,43 @@ def check_pairs(
     dtype = stats_dtype(hidden, logits_dtype)
     if grad_weight_out is not None and grad_weight_out.dtype != dtype:
         raise TypeError(f"grad_weight_out must be {dtype}, got {grad_weight_out.dtype}")
+
+
+def check_block(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    bias: Tensor | None,
+    state: Tensor | None = None,
+    ref_logits: Tensor | None = None,
+    ref_bias: Tensor | None = None,
+    lse: Tensor | None = None,
+    upstream: Tensor | None = None,
+    grad_dtype: torch.dtype | None = None,
+) -> None:
+    """Raises TypeError or ValueError when the arguments of a row kernel do not fit together."""
+    _expect_matrix("logits", logits)
+    rows, columns = logits.shape
+    if columns > 1 and logits.stride(1) != 1:
+        raise ValueError(f"logits must have unit column stride, got strides {logits.stride()}")
+    if columns == 0:
+        raise ValueError("logits must have at least one column")
+    _expect_shape("target", target, (rows,))
+    if target.dtype != torch.int64:
+        raise TypeError(f"target must be int64, got {target.dtype}")
+    if ref_logits is not None:
+        _expect_shape("ref_logits", ref_logits, (rows, columns))
+        if ref_logits.dtype != logits.dtype:
+            raise TypeError(f"ref_logits must be {logits.dtype}, got {ref_logits.dtype}")
+    _expect_shape("bias", bias, (columns,))
+    _expect_shape("ref_bias", ref_bias, (columns,))
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    for name, tensor in (("lse", lse), ("upstream", upstream), ("state", state)):
+        if name != "state":
+            _expect_shape(name, tensor, (rows,))
+        elif tensor is not None and (tensor.shape[1:] != (rows,) or tensor.shape[0] not in (8, 11)):
+            raise ValueError(f"state must be [8 or 11, {rows}], got {list(tensor.shape)}")
+        if tensor is not None and tensor.dtype != dtype:
+            raise TypeError(f"{name} must be {dtype}, got {tensor.dtype}")
+    if grad_dtype is not None and grad_dtype.itemsize > logits.dtype.itemsize:
+        raise TypeError(f"grad_dtype {grad_dtype} is wider than the logits' {logits.dtype}")

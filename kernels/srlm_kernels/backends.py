@@ -1,0 +1,65 @@
+"""Which code runs a row kernel on a device: torch everywhere, C++ on the CPU, Triton on CUDA."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_SUFFIX = {"torch": "ref", "cpp": "cpp", "triton": "triton"}
+
+
+def row_backend(impl: str, logits: Tensor) -> str:
+    """ "torch", "cpp" or "triton" for `impl` and the place and dtype of `logits`.
+
+    Raises ValueError when a named implementation cannot run here.
+    """
+    if impl == "auto":
+        best = "triton" if logits.is_cuda else "cpp"
+        return best if refusal(best, logits) is None else "torch"
+    if impl not in _SUFFIX:
+        raise ValueError(f"no row kernels with impl={impl!r}; known: auto, {', '.join(_SUFFIX)}")
+    if reason := refusal(impl, logits):
+        raise ValueError(f"impl={impl!r} cannot run here: {reason}")
+    return impl
+
+
+def refusal(name: str, logits: Tensor) -> str | None:
+    """Why the row kernels called `name` cannot take `logits`; None: they can."""
+    if name == "torch":
+        return None
+    if logits.dtype == torch.float64:
+        return "float64 logits are for impl='torch'"
+    if name == "triton":
+        from srlm_kernels.triton_support import INTERPRETED, triton
+
+        if triton is None:
+            return "triton is not installed"
+        if not logits.is_cuda and not INTERPRETED:
+            return f"Triton kernels run on CUDA, not on {logits.device.type}"
+        return None
+    from srlm_kernels import native
+
+    if logits.device.type != "cpu":
+        return f"the C++ row kernels run on the CPU, not on {logits.device.type}"
+    if logits.dtype not in (torch.float32, torch.bfloat16):
+        return f"the C++ row kernels take float32 and bfloat16, not {logits.dtype}"
+    return None if native.available() else native.why()
+
+
+@functools.cache
+def _function(op: str, backend: str) -> Callable[..., Any]:
+    module = {"torch": op, "cpp": "native", "triton": f"{op}_triton"}[backend]
+    found: Callable[..., Any] = getattr(
+        importlib.import_module(f"srlm_kernels.{module}"), f"{op}_{_SUFFIX[backend]}"
+    )
+    return found
+
+
+def row_kernel(op: str, impl: str, logits: Tensor) -> Callable[..., Any]:
+    """The function behind `op` ("row_stats" or "logits_grad") for `impl` and `logits`."""
+    return _function(op, row_backend(impl, logits))

@@ -2,46 +2,144 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+
+import torch
 from torch import Tensor
 
-# Per op, best first: implementation -> what it is. `impl="auto"` takes the first.
-_TABLE: dict[str, dict[str, str]] = {
-    op: {"reference": "plain torch, any float dtype, logits in memory"}
-    for op in ("linear_logp", "linear_preference_loss")
+from srlm_kernels.backends import row_backend
+
+
+@dataclass(frozen=True)
+class Need:
+    """What a call asks for, as far as the choice depends on it."""
+
+    hidden: Tensor | None = None
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    outputs: Collection[str] = ()
+    logits_dtype: torch.dtype | None = None
+    sharded: bool = False
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cpu") if self.hidden is None else self.hidden.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.float32 if self.hidden is None else self.hidden.dtype
+
+    @property
+    def trains(self) -> bool:
+        tensors = (self.hidden, self.weight, self.bias)
+        return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """`refuses`: why it cannot serve a need; `yields`: why "auto" looks further. None: neither."""
+
+    what: str
+    refuses: Callable[[Need], str | None] = lambda need: None
+    yields: Callable[[Need], str | None] = lambda need: None
+
+
+def _reference_refuses(need: Need) -> str | None:
+    return "a vocabulary sharded over ranks needs impl='chunked'" if need.sharded else None
+
+
+def _tiled_refuses(need: Need) -> str | None:
+    if need.trains:
+        return "it computes no gradients"
+    if need.sharded:
+        return "the vocabulary is sharded over ranks"
+    if need.outputs:
+        return f"it does not compute {', '.join(need.outputs)}"
+    if need.logits_dtype not in (None, torch.float32):
+        return f"its logits are float32, not {need.logits_dtype}"
+    if need.hidden is None or need.weight is None:
+        return "it has to see hidden and weight"
+    from srlm_kernels.linear_logp_tiled import takes
+
+    return takes(need.hidden, need.weight)
+
+
+def _tiled_yields(need: Need) -> str | None:
+    if need.device.type == "cpu":
+        return "it runs on CUDA"  # said here so that nobody waits for Triton to load
+    return "it is no single node of a compiled graph" if torch.compiler.is_compiling() else None
+
+
+def _slow_in_gemm(need: Need) -> str | None:
+    if need.device.type == "cpu" and need.dtype == torch.float16 and not need.sharded:
+        return "float16 GEMMs are slow on a CPU"
+    return None
+
+
+_CHUNKED = Implementation("GEMMs over vocabulary tiles, row kernels between", yields=_slow_in_gemm)
+_REFERENCE = Implementation("plain torch, logits in memory", refuses=_reference_refuses)
+
+# Per op, best first.
+_TABLE: dict[str, dict[str, Implementation]] = {
+    "linear_logp": {
+        "tiled": Implementation(
+            "fused scoring, no logits in memory", _tiled_refuses, _tiled_yields
+        ),
+        "chunked": _CHUNKED,
+        "reference": _REFERENCE,
+    },
+    "linear_preference_loss": {"chunked": _CHUNKED, "reference": _REFERENCE},
 }
 
 
-def _implementations(op: str) -> dict[str, str]:
+def implementations(op: str) -> tuple[str, ...]:
+    """The names that `impl` of `op` can take beside "auto", best first.
+
+    Raises ValueError for an unknown op.
+    """
     if op not in _TABLE:
         raise ValueError(f"unknown op {op!r}; known: {', '.join(_TABLE)}")
-    return _TABLE[op]
+    return tuple(_TABLE[op])
 
 
-def choose(op: str, impl: str) -> str:
-    """The name of the implementation that `impl` (a name or "auto") stands for.
+def choose(op: str, impl: str, need: Need) -> str:
+    """The name of the implementation that `impl` (a name or "auto") stands for here.
 
-    Raises ValueError for an unknown op or implementation; the message lists the known ones.
+    Raises ValueError for an unknown op or implementation, or one that cannot serve the call.
     """
-    known = _implementations(op)
-    if impl == "auto":
-        return next(iter(known))
-    if impl not in known:
-        raise ValueError(f"{op} has no impl={impl!r}; known: auto, {', '.join(known)}")
-    return impl
+    known = implementations(op)
+    if impl != "auto":
+        if impl not in known:
+            raise ValueError(f"{op} has no impl={impl!r}; known: auto, {', '.join(known)}")
+        if reason := _TABLE[op][impl].refuses(need):
+            raise ValueError(f"{op} cannot run with impl={impl!r} here: {reason}")
+        return impl
+    return next(name for name in known if _passed_over(op, name, need) is None)
+
+
+def _passed_over(op: str, name: str, need: Need) -> str | None:
+    entry = _TABLE[op][name]
+    return entry.yields(need) or entry.refuses(need)
 
 
 def explain(op: str, **tensors: Tensor | None) -> str:
     """One line that says which implementation of `op` runs here, and why.
 
-    `tensors`: any of the op's tensor arguments by name; their device, dtype and shape are shown.
-    Raises ValueError for an unknown op.
+    `tensors`: any of the op's tensor arguments by name; their device, dtype and shape are shown,
+    and `hidden`, `weight` and `bias` decide. Raises ValueError for an unknown op.
     """
-    known = _implementations(op)
-    name = choose(op, "auto")
-    reason = "the only implementation" if len(known) == 1 else f"first of {', '.join(known)}"
+    known = implementations(op)
+    need = Need(tensors.get("hidden"), tensors.get("weight"), tensors.get("bias"))
+    name = choose(op, "auto", need)
+    why = [_TABLE[op][name].what]
+    if name == "chunked":
+        like = torch.empty(0, dtype=need.dtype, device=need.device)
+        why.append(f"row kernels: {row_backend('auto', like)}")
+    why += [f"not {n}: {_passed_over(op, n, need)}" for n in known[: known.index(name)]]
     seen = ", ".join(
         f"{key} {str(t.dtype).removeprefix('torch.')} {list(t.shape)} on {t.device}"
         for key, t in tensors.items()
         if t is not None
     )
-    return f"{op}: {name} ({known[name]}; {reason})" + (f" for {seen}" if seen else "")
+    return f"{op}: {name} ({'; '.join(why)})" + (f" for {seen}" if seen else "")

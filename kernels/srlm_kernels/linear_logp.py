@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from srlm_kernels.checks import check_projection, check_reference, stats_dtype
-from srlm_kernels.dispatch import choose
+from srlm_kernels.dispatch import Need, choose
+from srlm_kernels.operands import ready_operands, without_autocast
+from srlm_kernels.row_stats import extrapolate, final_logits
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,8 @@ def linear_logp(
     ignore_index: int = -100,
     outputs: Collection[str] = (),
     logits_dtype: torch.dtype | None = None,
-    process_group: object = None,
+    process_group: Any = None,
+    chunk_rows: int | None = None,
     impl: str = "auto",
 ) -> LinearLogp:
     """ln softmax(logits)[target] with logits = softcap(logit_scale * (h W^T + bias)) / temperature.
@@ -69,22 +73,58 @@ def linear_logp(
             -inf wherever either is. l = 0 is `logp` itself, bit for bit.
         softcap: c > 0: logits become c tanh(logits / c).
         outputs: any of "entropy", "mean_logit", "is_top1", "log_sum_sq_probs"; detached.
-        logits_dtype: what the products h W^T + bias are rounded to; None: fp32, or fp64 for fp64
-            inputs. Statistics are fp32 or wider whatever is chosen.
-        process_group: reserved for a vocabulary sharded over ranks; must be None.
+        logits_dtype: what the products h W^T are rounded to; statistics are fp32 or wider whatever
+            is chosen. None: fp32, or fp64 for fp64 inputs; but half inputs keep their dtype in
+            impl="chunked" on a CPU, whose GEMMs round to it anyway.
+        process_group: the vocabulary is sharded over its ranks: `weight` and `bias` are this rank's
+            consecutive rows, one or more; everything else (targets of the whole vocabulary) is the
+            same on all ranks, and so are the results and the gradient of `hidden`. Every rank must
+            make the call: one that raises leaves the others waiting until the group's timeout.
+        chunk_rows: rows per chunk of impl="chunked"; None: chosen by device and vocabulary.
         impl: "auto" or the name of an implementation; see `explain`.
+
+    Heads may be DTensors (FSDP2): they are gathered, and their gradient is the mean over the ranks.
 
     A target whose logit is -inf has log-probability -inf; its row's gradient stays finite.
 
     Raises:
         TypeError, ValueError: shapes, dtypes or options that do not fit together.
     """
-    arguments = locals().copy()  # nothing is assigned yet: the parameters and no more
-    check_projection(**arguments)
-    check_reference(**arguments)
-    run = {"reference": linear_logp_ref}[choose("linear_logp", arguments.pop("impl"))]
-    del arguments["process_group"]
-    return run(**arguments)
+    hidden, weight, bias, ref_hidden, ref_weight, ref_bias = ready_operands(  # type: ignore[assignment]
+        hidden, weight, bias, ref_hidden, ref_weight, ref_bias, process_group=process_group
+    )
+    check_projection(
+        hidden, weight, target, rows=rows, bias=bias, softcap=softcap, temperature=temperature,
+        ignore_index=ignore_index, outputs=outputs, logits_dtype=logits_dtype,
+        process_group=process_group,
+    )  # fmt: skip
+    check_reference(
+        hidden, weight, ref_hidden=ref_hidden, ref_weight=ref_weight, ref_bias=ref_bias,
+        extrapolation=extrapolation,
+    )  # fmt: skip
+    need = Need(hidden, weight, bias, outputs, logits_dtype, process_group is not None)
+    name = choose("linear_logp", impl, need)
+    only_chunked = {"process_group": process_group, "chunk_rows": chunk_rows}
+    with without_autocast(hidden):
+        return _implementation(name)(
+            hidden, weight, target, rows=rows, bias=bias, ref_hidden=ref_hidden,
+            ref_weight=ref_weight, ref_bias=ref_bias, extrapolation=extrapolation,
+            softcap=softcap, logit_scale=logit_scale, temperature=temperature,
+            ignore_index=ignore_index, outputs=outputs, logits_dtype=logits_dtype,
+            **(only_chunked if name == "chunked" else {}),
+        )  # fmt: skip
+
+
+def _implementation(name: str) -> Callable[..., LinearLogp]:
+    if name == "tiled":
+        from srlm_kernels.linear_logp_tiled import linear_logp_tiled
+
+        return linear_logp_tiled
+    if name == "chunked":
+        from srlm_kernels.linear_logp_chunked import linear_logp_chunked
+
+        return linear_logp_chunked
+    return linear_logp_ref
 
 
 def linear_logp_ref(
@@ -109,15 +149,13 @@ def linear_logp_ref(
     dtype = stats_dtype(hidden, logits_dtype)
     ignored = target == ignore_index
     index = target.long().masked_fill(ignored, 0)[:, None]
+    transform = {"softcap": softcap, "logit_scale": logit_scale, "temperature": temperature}
 
     def logits(h: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
         # A NaN in an ignored row would reach dW as 0 * NaN, so such rows are emptied first.
         x = _gather(h, rows).to(dtype).masked_fill(ignored[:, None], 0)
-        z = F.linear(x, w.to(dtype), None if b is None else b.to(dtype))
-        z = z.to(logits_dtype or dtype).to(dtype)
-        z = z if logit_scale == 1 else z * logit_scale
-        z = z if softcap is None else torch.tanh(z / softcap) * softcap
-        return z if temperature == 1 else z / temperature
+        z = F.linear(x, w.to(dtype)).to(logits_dtype or dtype)
+        return final_logits(z, b, dtype, **transform)  # type: ignore[arg-type]
 
     def pick(values: Tensor) -> Tensor:
         return values.gather(1, index).squeeze(1).masked_fill(ignored, 0)
@@ -140,7 +178,7 @@ def linear_logp_ref(
         elif extrapolation == 0:
             extrapolated = logp.detach()
         else:
-            extrapolated = pick(_extrapolate(z, z_ref, extrapolation).log_softmax(-1))
+            extrapolated = pick(extrapolate(z, z_ref, extrapolation).log_softmax(-1))
     return LinearLogp(logp, ref_logp, extrapolated, **extra)
 
 
@@ -149,12 +187,6 @@ def _gather(hidden: Tensor, rows: Tensor | None) -> Tensor:
         return hidden
     # Each is the gather whose backward adds duplicates in a fixed order on that device.
     return hidden[rows] if hidden.is_cuda else hidden.index_select(0, rows)
-
-
-def _extrapolate(z: Tensor, z_ref: Tensor, strength: float) -> Tensor:
-    """(1+l) z - l z_ref, written so that equal rows give back `z` exactly."""
-    mixed = torch.add(z, z - z_ref, alpha=strength)
-    return mixed.masked_fill(z_ref == -torch.inf, -torch.inf)
 
 
 def _output(name: str, z: Tensor, log_probs: Tensor, index: Tensor) -> Tensor:

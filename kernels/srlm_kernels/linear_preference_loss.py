@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,9 +11,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from srlm_kernels.checks import check_pairs, check_projection, check_reference, stats_dtype
-from srlm_kernels.dispatch import choose
-from srlm_kernels.linear_logp import LinearLogp, linear_logp_ref
-from srlm_kernels.losses import PairLogps
+from srlm_kernels.dispatch import Need, choose
+from srlm_kernels.linear_logp import linear_logp_ref
+from srlm_kernels.operands import ready_operands, without_autocast
+from srlm_kernels.pair_grad import pair_grad_ref
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,8 @@ def linear_preference_loss(
     grad_weight_out: Tensor | None = None,
     outputs: Collection[str] = (),
     logits_dtype: torch.dtype | None = None,
-    process_group: object = None,
+    process_group: Any = None,
+    chunk_rows: int | None = None,
     impl: str = "auto",
 ) -> PreferenceLoss:
     """scale * sum of `loss_fn` over P pairs of packed responses.
@@ -95,13 +97,43 @@ def linear_preference_loss(
     Raises:
         TypeError, ValueError: shapes, dtypes or options that do not fit together.
     """
-    arguments = locals().copy()  # nothing is assigned yet: the parameters and no more
-    check_projection(temperature=1.0, **arguments)
-    check_pairs(**arguments)
-    check_reference(**arguments)
-    choice = choose("linear_preference_loss", arguments.pop("impl"))
-    del arguments["process_group"]
-    return {"reference": linear_preference_loss_ref}[choice](**arguments)
+    hidden, weight, bias, ref_hidden, ref_weight, ref_bias = ready_operands(  # type: ignore[assignment]
+        hidden, weight, bias, ref_hidden, ref_weight, ref_bias, process_group=process_group,
+        grad_weight_out=grad_weight_out,
+    )  # fmt: skip
+    check_projection(
+        hidden, weight, target, rows=rows, bias=bias, softcap=softcap, temperature=1.0,
+        ignore_index=ignore_index, outputs=outputs, logits_dtype=logits_dtype,
+        process_group=process_group,
+    )  # fmt: skip
+    check_pairs(
+        hidden, weight, target, cu_seqlens, pair=pair, ref_hidden=ref_hidden, ref_logp=ref_logp,
+        extrapolation=extrapolation, grad_weight_out=grad_weight_out, logits_dtype=logits_dtype,
+    )  # fmt: skip
+    check_reference(
+        hidden, weight, ref_hidden=ref_hidden, ref_weight=ref_weight, ref_bias=ref_bias,
+        extrapolation=extrapolation,
+    )  # fmt: skip
+    need = Need(hidden, weight, bias, outputs, logits_dtype, process_group is not None)
+    name = choose("linear_preference_loss", impl, need)
+    only_chunked = {"process_group": process_group, "chunk_rows": chunk_rows}
+    with without_autocast(hidden):
+        return _implementation(name)(
+            hidden, weight, target, cu_seqlens, loss_fn, pair=pair, scale=scale, rows=rows,
+            bias=bias, ref_hidden=ref_hidden, ref_weight=ref_weight, ref_bias=ref_bias,
+            ref_logp=ref_logp, extrapolation=extrapolation, softcap=softcap,
+            logit_scale=logit_scale, ignore_index=ignore_index, grad_weight_out=grad_weight_out,
+            outputs=outputs, logits_dtype=logits_dtype,
+            **(only_chunked if name == "chunked" else {}),
+        )  # fmt: skip
+
+
+def _implementation(name: str) -> Callable[..., PreferenceLoss]:
+    if name == "chunked":
+        from srlm_kernels.linear_preference_loss_chunked import linear_preference_loss_chunked
+
+        return linear_preference_loss_chunked
+    return linear_preference_loss_ref
 
 
 def linear_preference_loss_ref(
@@ -132,30 +164,31 @@ def linear_preference_loss_ref(
     token = linear_logp_ref(
         x, w, target, bias=b, ignore_index=ignore_index, logits_dtype=logits_dtype, **projection
     )
-    offsets = cu_seqlens.to(target.device, torch.int64)
-    logp, ref, ext, count = _sequence_sums(token, ref_logp, target != ignore_index, offsets)
-    s = PairLogps(*(half for sums in (logp, ref, ext, count) for half in (sums[0::2], sums[1::2])))
-
-    scale = 1 / max(s.chosen.shape[0], 1) if scale is None else scale
-    losses, slopes = pair_step(loss_fn, s, pair or {}, scale)
-    loss = scale * losses.sum()
+    scale = 1 / max(cu_seqlens.shape[0] // 2, 1) if scale is None else scale
+    found = pair_grad_ref(
+        token.logp.detach(), target != ignore_index, cu_seqlens, loss_fn, scale=scale, pair=pair,
+        ref_logp=token.ref_logp, extrapolated_logp=token.extrapolated_logp,
+        ref_sums=None if ref_logp is None else ref_logp.detach(),
+    )  # fmt: skip
+    loss = scale * found.losses.sum()
     if token.logp.requires_grad:
-        upstream = slopes.repeat_interleave(offsets.diff(), output_size=target.shape[0])
+        lengths = cu_seqlens.to(target.device, torch.int64).diff()
+        upstream = found.slopes.repeat_interleave(lengths, output_size=target.shape[0])
         torch.autograd.backward(token.logp, upstream)
         if grad_weight_out is not None and w.grad is not None:
             grad_weight_out += w.grad
             w.grad = None
         grads = (x.grad, w.grad, None if b is None else b.grad)
         folded = grad_weight_out is not None
-        loss = _GradsInForward.apply(loss, grads, folded, hidden, weight, bias)  # type: ignore[no-untyped-call]
+        loss = GradsInForward.apply(loss, grads, folded, hidden, weight, bias)  # type: ignore[no-untyped-call]
     return PreferenceLoss(
         loss,
-        losses=losses,
-        margins=s.margin,
-        ext_margins=s.ext_margin,
-        logp=logp,
-        ref_logp=ref,
-        extrapolated_logp=ext,
+        losses=found.losses,
+        margins=found.margins,
+        ext_margins=found.ext_margins,
+        logp=found.logp,
+        ref_logp=found.ref_logp,
+        extrapolated_logp=found.extrapolated_logp,
         token_logp=token.logp.detach(),
         entropy=token.entropy,
         mean_logit=token.mean_logit,
@@ -168,47 +201,7 @@ def _leaf(t: Tensor, dtype: torch.dtype, always: bool = False) -> Tensor:
     return t.detach().to(dtype).requires_grad_(t.requires_grad or always)
 
 
-def _sequence_sums(
-    token: LinearLogp, ref_logp: Tensor | None, scored: Tensor, offsets: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Policy, reference and extrapolated log-probabilities and scored rows per sequence, [2P]."""
-
-    def per_sequence(values: Tensor) -> Tensor:
-        # In fp32 the running sum of a long response loses more than its terms ever lost.
-        wide = torch.segment_reduce(values.detach().double(), "sum", offsets=offsets)
-        return wide.to(token.logp.dtype)
-
-    logp = per_sequence(token.logp)
-    if ref_logp is not None:
-        ref = ref_logp.detach().to(logp.dtype)
-    else:
-        ref = torch.zeros_like(logp) if token.ref_logp is None else per_sequence(token.ref_logp)
-    ext = logp if token.extrapolated_logp is None else per_sequence(token.extrapolated_logp)
-    return logp, ref, ext, per_sequence(scored)
-
-
-def pair_step(
-    loss_fn: Callable[..., Tensor],
-    s: PairLogps,
-    pair: Mapping[str, Tensor],
-    scale: float | Tensor,
-) -> tuple[Tensor, Tensor]:
-    """The losses [P], and d(scale * sum) / d(summed log-probability) of each sequence [2P]."""
-    chosen, rejected = s.chosen.clone().requires_grad_(), s.rejected.clone().requires_grad_()
-    with torch.enable_grad():
-        losses = loss_fn(replace(s, chosen=chosen, rejected=rejected), **pair)
-        if losses.shape != chosen.shape:
-            raise ValueError(
-                f"loss_fn must return one loss per pair, shape {list(chosen.shape)}, "
-                f"got {list(losses.shape)}"
-            )
-        slopes = torch.autograd.grad(
-            scale * losses.sum(), (chosen, rejected), allow_unused=True, materialize_grads=True
-        )
-    return losses.detach(), torch.stack(slopes, dim=1).flatten()
-
-
-class _GradsInForward(torch.autograd.Function):
+class GradsInForward(torch.autograd.Function):
     """Passes the loss through; its backward hands out gradients that are known already."""
 
     @staticmethod

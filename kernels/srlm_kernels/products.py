@@ -1,0 +1,58 @@
+"""Matrix products with the dtypes of operands and result apart, as far as devices can."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def rounds_products(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether products of such operands come out in their own half precision: on the CPU."""
+    return device.type == "cpu" and dtype.itemsize < 4
+
+
+def default_logits_dtype(hidden: Tensor, weight: Tensor, ref_weight: Tensor | None) -> torch.dtype:
+    """fp32 from half operands where a GEMM can give it, else the operands' dtype."""
+    dtype = torch.promote_types(hidden.dtype, weight.dtype)
+    if ref_weight is not None:
+        dtype = torch.promote_types(dtype, ref_weight.dtype)
+    return dtype if hidden.device.type == "cpu" else torch.promote_types(dtype, torch.float32)
+
+
+def operand_dtype(hidden: Tensor, weight: Tensor, logits_dtype: torch.dtype) -> torch.dtype:
+    """What GEMMs of hidden states and head run in: the wider of the two.
+
+    Where a device rounds products, it is no narrower than the logits that were asked for.
+    """
+    dtype = torch.promote_types(hidden.dtype, weight.dtype)
+    if rounds_products(dtype, hidden.device):
+        return torch.promote_types(dtype, logits_dtype)
+    return dtype
+
+
+def product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
+    """out = a @ b, rounded once, to the dtype of `out`."""
+    if a.dtype == out.dtype:
+        return torch.mm(a, b, out=out)
+    if a.dtype.itemsize > out.dtype.itemsize:
+        return out.copy_(torch.mm(a, b))
+    if rounds_products(a.dtype, a.device) or out.dtype != torch.float32:
+        return torch.mm(a.to(out.dtype), b.to(out.dtype), out=out)
+    wide: Tensor = torch.mm(a, b, out_dtype=out.dtype, out=out)
+    return wide
+
+
+def add_product(total: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
+    """total += a @ b, or total = a @ b for the first; `total` is fp32 or wider.
+
+    Where products are rounded to half precision the sum still is not.
+    """
+    if a.dtype == total.dtype:
+        torch.mm(a, b, out=total) if first else total.addmm_(a, b)
+    elif rounds_products(a.dtype, a.device) or torch.float64 in (a.dtype, total.dtype):
+        part = torch.mm(a, b)
+        total.copy_(part) if first else total.add_(part)
+    elif first:
+        torch.mm(a, b, out_dtype=total.dtype, out=total)
+    else:
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)

@@ -1,5 +1,6 @@
 # make run     the main job on the embedded default; ARGS="--sandbox.scale smoke" passes options on
 # make test    lint, types and tests
+# make aot36   compiles the Triton kernels for GPUs that are not here, as CUDA torch's Triton does
 # make env     what is installed, and which implementation each op takes
 #
 # The first of them sets up $(VENV). PY=python3 takes an interpreter that has the packages already,
@@ -14,9 +15,10 @@ PYTHON ?= $(firstword $(foreach p,python3 python3.14 python3.13 python3.12 pytho
 ifndef PY
 PY := $(VENV)/bin/python
 READY := $(VENV)/.installed
+PEERS := $(VENV)/.peers
 endif
 
-.PHONY: run test lint types unit env clean
+.PHONY: run test lint types unit aot36 env clean
 
 run: $(READY)
 	$(PY) -m srlm_fast.loop $(ARGS)
@@ -30,8 +32,16 @@ lint: $(READY)
 types: $(READY)
 	$(PY) -m mypy
 
-unit: $(READY)
+unit: $(READY) $(PEERS)
 	$(PY) -m pytest $(PYTEST_ARGS)
+
+# Beside the environment's own Triton, which is newer: no register may be spilled.
+aot36: $(VENV)/triton36/.installed
+	PYTHONPATH=$(VENV)/triton36 $(PY) tests/srlm_kernels/aot.py --triton 3.6.0 --max-spills 0
+
+$(VENV)/triton36/.installed: $(READY)
+	$(PY) -m pip install --no-deps --target $(@D) triton==3.6.0
+	touch $@
 
 env: $(READY)
 	$(PY) -m srlm_fast.env
@@ -40,9 +50,14 @@ clean:
 	rm -rf $(VENV)
 
 # torch comes first and alone, so that building this package can never pull in a second one.
-$(VENV)/.installed: pyproject.toml setup.py constraints.txt
+$(VENV)/.installed: pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 	$(if $(PYTHON),,$(error Python 3.11 or newer is needed; name one: make PYTHON=/path/to/python3))
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install -c constraints.txt setuptools torch
 	$(VENV)/bin/python -m pip install -c constraints.txt --no-build-isolation -e '.[test]'
+	touch $@
+
+# What our results and speed are compared with; only the tests and benchmarks want it.
+$(VENV)/.peers: $(VENV)/.installed
+	$(VENV)/bin/python -m pip install -c constraints.txt --no-build-isolation -e '.[bench]'
 	touch $@

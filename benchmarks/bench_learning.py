@@ -25,6 +25,8 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from benchmarks.rows import append_row, commit, read_rows
+
 RESULTS = Path(__file__).parent / "results" / "learning.jsonl"
 OWN = {"srlm": "prompted", "spa": "implicit"}
 START = {"srlm": "M1", "spa": "DPO"}  # what the last model must beat
@@ -54,26 +56,10 @@ def run(method: str, judge: str, seed: int, extra: list[str]) -> dict[str, Any]:
     ]
     return {
         "method": method, "judge": judge, "seed": seed, "models": models,
-        "command": shlex.join(command), "versions": summary["versions"], "commit": _commit(),
+        "command": shlex.join(command), "versions": summary["versions"], "commit": commit(),
         "date": datetime.date.today().isoformat(),
         "seconds": sum(s["seconds"] for s in summary["stages"]),
     }  # fmt: skip
-
-
-def _commit() -> str:
-    """The commit that is measured; changed files count only where the product lives."""
-
-    def git(*words: str) -> str:
-        done = subprocess.run(["git", *words], capture_output=True, text=True, check=False)
-        return done.stdout.strip()
-
-    changed = git("status", "--porcelain", "--", "srlm_fast", "kernels")
-    return git("rev-parse", "--short", "HEAD") + ("-dirty" if changed else "")
-
-
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a results file, oldest first."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -125,12 +111,10 @@ def main() -> None:
         for method in args.methods
         for judge in args.judges
     ]
-    args.results.parent.mkdir(parents=True, exist_ok=True)
 
     def measure(key: tuple[str, str, int]) -> None:
         row = run(*key, extra)
-        with args.results.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        append_row(args.results, row)
         print(*key, *(f"{m['name']} {m['oracle_score']:.2f}" for m in row["models"]), flush=True)
 
     with ThreadPoolExecutor(args.jobs) as pool:

@@ -14,7 +14,7 @@ _SUFFIX = {"torch": "ref", "cpp": "cpp", "triton": "triton"}
 
 
 def row_backend(impl: str, logits: Tensor) -> str:
-    """ "torch", "cpp" or "triton" for `impl` and the place and dtype of `logits`.
+    """What `impl` stands for where `logits` is: torch, cpp or triton.
 
     Raises ValueError when a named implementation cannot run here.
     """

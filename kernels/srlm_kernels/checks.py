@@ -16,6 +16,12 @@ def _expect_shape(name: str, tensor: Tensor | None, shape: tuple[int, ...]) -> N
         raise ValueError(f"{name} must have shape {list(shape)}, got {list(tensor.shape)}")
 
 
+def _expect_device(hidden: Tensor, **tensors: Tensor | None) -> None:
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.device != hidden.device:
+            raise ValueError(f"{name} is on {tensor.device}, hidden on {hidden.device}")
+
+
 def _expect_indices(name: str, tensor: Tensor) -> None:
     if tensor.ndim != 1 or tensor.dtype not in (torch.int32, torch.int64):
         raise TypeError(
@@ -41,10 +47,15 @@ def _expect_tokens(target: Tensor, vocabulary: int, ignore_index: int) -> None:
         )
 
 
-def stats_dtype(hidden: Tensor, logits_dtype: torch.dtype | None) -> torch.dtype:
-    """The dtype of log-sum-exps and results: fp64 for fp64 logits, else fp32."""
-    wide = (logits_dtype or hidden.dtype) == torch.float64
-    return torch.float64 if wide else torch.float32
+def stats_dtype(logits_dtype: torch.dtype | None, *operands: Tensor | None) -> torch.dtype:
+    """The dtype of log-sum-exps and results: fp64 for fp64 logits, else fp32.
+
+    Logits are fp64 when that was asked for, or nothing was and one of the operands is.
+    """
+    dtypes = (
+        [t.dtype for t in operands if t is not None] if logits_dtype is None else [logits_dtype]
+    )
+    return torch.float64 if torch.float64 in dtypes else torch.float32
 
 
 def check_projection(
@@ -60,6 +71,7 @@ def check_projection(
     ignore_index: int,
     logits_dtype: torch.dtype | None,
     process_group: object,
+    chunk_rows: int | None,
 ) -> None:
     """Raises TypeError, ValueError or IndexError naming the argument that does not fit."""
     if process_group is not None and not hasattr(process_group, "group_name"):
@@ -78,12 +90,17 @@ def check_projection(
     whole = process_group is None
     if whole and target.device.type == "cpu" and not torch.compiler.is_compiling():
         _expect_tokens(target, weight.shape[0], ignore_index)
+    _expect_device(hidden, weight=weight, target=target, rows=rows, bias=bias)
     if softcap is not None and not 0 < softcap < math.inf:
         raise ValueError(f"softcap must be positive and finite, or None, got {softcap}")
+    if chunk_rows is not None and chunk_rows < 1:
+        raise ValueError(f"chunk_rows must be at least 1, got {chunk_rows}")
     if not temperature > 0:
         raise ValueError(f"temperature must be positive, got {temperature}")
     if logits_dtype is not None and not logits_dtype.is_floating_point:
         raise TypeError(f"logits_dtype must be a float dtype, got {logits_dtype}")
+    if isinstance(outputs, str) or len(set(outputs)) != len(outputs):
+        raise ValueError(f"outputs must be names without repetition, got {outputs!r}")
     if unknown := set(outputs) - set(OUTPUTS):
         raise ValueError(f"unknown outputs {sorted(unknown)}; known: {', '.join(OUTPUTS)}")
 
@@ -114,6 +131,7 @@ def check_reference(
         )
     _expect_shape("ref_hidden", ref_hidden, (hidden.shape[0], head.shape[1]))
     _expect_shape("ref_bias", ref_bias, (weight.shape[0],))
+    _expect_device(hidden, ref_hidden=ref_hidden, ref_weight=head, ref_bias=ref_bias)
     if extrapolation is not None and not 0 <= extrapolation < math.inf:
         raise ValueError(f"extrapolation must be finite and >= 0, got {extrapolation}")
 
@@ -125,7 +143,9 @@ def check_pairs(
     cu_seqlens: Tensor,
     *,
     pair: Mapping[str, Tensor] | None,
+    scale: float | Tensor | None,
     ref_hidden: Tensor | None,
+    ref_weight: Tensor | None,
     ref_logp: Tensor | None,
     extrapolation: float | None,
     grad_weight_out: Tensor | None,
@@ -146,9 +166,20 @@ def check_pairs(
                 f"cu_seqlens must rise from 0 to the {target.shape[0]} rows of target, "
                 f"got {cu_seqlens.tolist()}"
             )
-    for name, tensor in (pair or {}).items():
-        _expect_shape(f"pair[{name!r}]", tensor, (sequences // 2,))
+    given = {f"pair[{name!r}]": tensor for name, tensor in (pair or {}).items()}
+    for name, tensor in given.items():
+        _expect_shape(name, tensor, (sequences // 2,))
     _expect_shape("ref_logp", ref_logp, (sequences,))
+    _expect_device(hidden, **given, ref_logp=ref_logp, grad_weight_out=grad_weight_out)
+    if isinstance(scale, Tensor):
+        _expect_shape("scale", scale, ())
+        given["scale"] = scale
+    for name, tensor in given.items():
+        if tensor.requires_grad and torch.is_grad_enabled():
+            raise ValueError(
+                f"{name} requires a gradient, which this op does not give; detach it, or form the "
+                "loss yourself from the results of linear_logp"
+            )
     if ref_logp is not None and ref_hidden is not None:
         raise ValueError("give ref_hidden or ref_logp, not both")
     if ref_logp is not None and extrapolation is not None:
@@ -157,7 +188,7 @@ def check_pairs(
             "pass ref_hidden, or extrapolation=None"
         )
     _expect_shape("grad_weight_out", grad_weight_out, tuple(weight.shape))
-    dtype = stats_dtype(hidden, logits_dtype)
+    dtype = stats_dtype(logits_dtype, hidden, weight, ref_weight)
     if grad_weight_out is not None and grad_weight_out.dtype != dtype:
         raise TypeError(f"grad_weight_out must be {dtype}, got {grad_weight_out.dtype}")
 

@@ -18,6 +18,8 @@ class Need:
     hidden: Tensor | None = None
     weight: Tensor | None = None
     bias: Tensor | None = None
+    ref_hidden: Tensor | None = None
+    ref_weight: Tensor | None = None
     outputs: Collection[str] = ()
     logits_dtype: torch.dtype | None = None
     sharded: bool = False
@@ -62,12 +64,19 @@ def _tiled_refuses(need: Need) -> str | None:
         return "it has to see hidden and weight"
     from srlm_kernels.linear_logp_tiled import takes
 
-    return takes(need.hidden, need.weight)
+    if need.ref_hidden is None:
+        return takes(need.hidden, need.weight)
+    ref_weight = need.weight if need.ref_weight is None else need.ref_weight
+    if need.ref_hidden.dtype != need.dtype:
+        return f"the policy is {need.dtype} and the reference {need.ref_hidden.dtype}"
+    return takes(need.hidden, need.weight) or takes(need.ref_hidden, ref_weight)
 
 
 def _tiled_yields(need: Need) -> str | None:
     if need.device.type == "cpu":
-        return "it runs on CUDA"  # said here so that nobody waits for Triton to load
+        return "it runs on CUDA"
+    if need.dtype == torch.float32:
+        return "its float32 products use no tensor cores"
     return "it is no single node of a compiled graph" if torch.compiler.is_compiling() else None
 
 
@@ -127,10 +136,11 @@ def explain(op: str, **tensors: Tensor | None) -> str:
     """One line that says which implementation of `op` runs here, and why.
 
     `tensors`: any of the op's tensor arguments by name; their device, dtype and shape are shown,
-    and `hidden`, `weight` and `bias` decide. Raises ValueError for an unknown op.
+    and those of policy and reference decide. Raises ValueError for an unknown op.
     """
     known = implementations(op)
-    need = Need(tensors.get("hidden"), tensors.get("weight"), tensors.get("bias"))
+    hidden, weight, bias = (tensors.get(name) for name in ("hidden", "weight", "bias"))
+    need = Need(hidden, weight, bias, tensors.get("ref_hidden"), tensors.get("ref_weight"))
     name = choose(op, "auto", need)
     why = [_TABLE[op][name].what]
     if name == "chunked":

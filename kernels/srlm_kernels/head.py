@@ -19,7 +19,7 @@ class Head:
         return self.weight[lo:hi].to(dtype)
 
     def bias_of(self, lo: int, hi: int) -> Tensor | None:
-        return None if self.bias is None else self.bias[lo:hi]
+        return None if self.bias is None else self.bias[lo:hi].contiguous()
 
 
 def shared_or_own(policy: Head, weight: Tensor | None, bias: Tensor | None) -> Head:

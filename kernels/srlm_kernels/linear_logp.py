@@ -88,7 +88,8 @@ def linear_logp(
     A target whose logit is -inf has log-probability -inf; its row's gradient stays finite.
 
     Raises:
-        TypeError, ValueError: shapes, dtypes or options that do not fit together.
+        TypeError, ValueError: shapes, dtypes, devices or options that do not fit together.
+        IndexError: a target outside the vocabulary, on a CPU; elsewhere its results are NaN.
     """
     hidden, weight, bias, ref_hidden, ref_weight, ref_bias = ready_operands(  # type: ignore[assignment]
         hidden, weight, bias, ref_hidden, ref_weight, ref_bias, process_group=process_group
@@ -96,13 +97,16 @@ def linear_logp(
     check_projection(
         hidden, weight, target, rows=rows, bias=bias, softcap=softcap, temperature=temperature,
         ignore_index=ignore_index, outputs=outputs, logits_dtype=logits_dtype,
-        process_group=process_group,
+        process_group=process_group, chunk_rows=chunk_rows,
     )  # fmt: skip
     check_reference(
         hidden, weight, ref_hidden=ref_hidden, ref_weight=ref_weight, ref_bias=ref_bias,
         extrapolation=extrapolation,
     )  # fmt: skip
-    need = Need(hidden, weight, bias, outputs, logits_dtype, process_group is not None)
+    need = Need(
+        hidden, weight, bias, ref_hidden, ref_weight, outputs, logits_dtype,
+        process_group is not None,
+    )  # fmt: skip
     name = choose("linear_logp", impl, need)
     only_chunked = {"process_group": process_group, "chunk_rows": chunk_rows}
     with without_autocast(hidden):
@@ -146,7 +150,7 @@ def linear_logp_ref(
     logits_dtype: torch.dtype | None = None,
 ) -> LinearLogp:
     """`linear_logp` in plain torch, [N, V] logits in memory; arguments are not checked."""
-    dtype = stats_dtype(hidden, logits_dtype)
+    dtype = stats_dtype(logits_dtype, hidden, weight, ref_weight)
     ignored = target == ignore_index
     index = target.long().masked_fill(ignored, 0)[:, None]
     transform = {"softcap": softcap, "logit_scale": logit_scale, "temperature": temperature}

@@ -79,7 +79,8 @@ def linear_preference_loss(
     Sequence i owns rows `cu_seqlens[i]:cu_seqlens[i+1]`, which may be none; sequences 2p and 2p+1
     are the chosen and the rejected response of pair p. Log-probabilities are summed over the
     non-ignored rows. Arguments not listed are those of `linear_logp`. The gradients of `hidden`,
-    `weight` and `bias` are computed with the loss; a second backward raises RuntimeError.
+    `weight` and `bias`, and of nothing else, are computed with the loss; a second backward raises
+    RuntimeError, and there is no second derivative.
 
     Args:
         cu_seqlens: [2P+1] int, rising from 0 to N.
@@ -92,10 +93,11 @@ def linear_preference_loss(
         grad_weight_out: [V, D] fp32 (fp64 for fp64 logits); dW is added to it during this call
             (not under `no_grad`), complete on return, and `weight` gets no gradient from backward.
             The upstream gradient must then be 1; another one is an error where it can be read
-            without waiting for a device.
+            without waiting for a device. Not inside a checkpointed region, which runs twice.
 
     Raises:
-        TypeError, ValueError: shapes, dtypes or options that do not fit together.
+        TypeError, ValueError: shapes, dtypes, devices or options that do not fit together.
+        IndexError: a target outside the vocabulary, on a CPU; elsewhere its results are NaN.
     """
     hidden, weight, bias, ref_hidden, ref_weight, ref_bias = ready_operands(  # type: ignore[assignment]
         hidden, weight, bias, ref_hidden, ref_weight, ref_bias, process_group=process_group,
@@ -104,17 +106,21 @@ def linear_preference_loss(
     check_projection(
         hidden, weight, target, rows=rows, bias=bias, softcap=softcap, temperature=1.0,
         ignore_index=ignore_index, outputs=outputs, logits_dtype=logits_dtype,
-        process_group=process_group,
+        process_group=process_group, chunk_rows=chunk_rows,
     )  # fmt: skip
     check_pairs(
-        hidden, weight, target, cu_seqlens, pair=pair, ref_hidden=ref_hidden, ref_logp=ref_logp,
-        extrapolation=extrapolation, grad_weight_out=grad_weight_out, logits_dtype=logits_dtype,
+        hidden, weight, target, cu_seqlens, pair=pair, scale=scale, ref_hidden=ref_hidden,
+        ref_weight=ref_weight, ref_logp=ref_logp, extrapolation=extrapolation,
+        grad_weight_out=grad_weight_out, logits_dtype=logits_dtype,
     )  # fmt: skip
     check_reference(
         hidden, weight, ref_hidden=ref_hidden, ref_weight=ref_weight, ref_bias=ref_bias,
         extrapolation=extrapolation,
     )  # fmt: skip
-    need = Need(hidden, weight, bias, outputs, logits_dtype, process_group is not None)
+    need = Need(
+        hidden, weight, bias, ref_hidden, ref_weight, outputs, logits_dtype,
+        process_group is not None,
+    )  # fmt: skip
     name = choose("linear_preference_loss", impl, need)
     only_chunked = {"process_group": process_group, "chunk_rows": chunk_rows}
     with without_autocast(hidden):
@@ -156,7 +162,7 @@ def linear_preference_loss_ref(
 
     `projection`: the keywords passed on to `linear_logp_ref` unchanged.
     """
-    dtype = stats_dtype(hidden, logits_dtype)
+    dtype = stats_dtype(logits_dtype, hidden, weight, projection.get("ref_weight"))
     # Leaves in the wide dtype: gradients of bf16 inputs are summed in fp32 and rounded once.
     x = _leaf(hidden, dtype)
     w = _leaf(weight, dtype, always=grad_weight_out is not None)

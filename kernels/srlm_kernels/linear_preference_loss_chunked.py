@@ -44,7 +44,8 @@ def linear_preference_loss_chunked(
     run: Callable[..., PreferenceLoss] = _eager
     if torch.compiler.is_compiling():
         # A callable that no schema can carry breaks the graph, but nothing else.
-        run = _traced if is_builtin(loss_fn) else _outside_of_graphs
+        outside = torch.compiler.disable(_eager)  # type: ignore[no-untyped-call]
+        run = _traced if is_builtin(loss_fn) else outside
     return run(
         hidden, weight, target, cu_seqlens, loss_fn, wants=wants, bias=bias, scale=scale,
         ref_weight=ref_weight, grad_weight_out=grad_weight_out, logits_dtype=logits_dtype, **others,

@@ -75,6 +75,10 @@ class spa(PairLoss):
         super().__post_init__()
         if not 0 <= self.alpha <= 1:
             raise ValueError(f"alpha must lie in [0, 1], got {self.alpha}")
+        if isinstance(self.threshold, Tensor) and self.threshold.ndim:
+            raise ValueError(
+                f"threshold must be a number or 0-d, got shape {list(self.threshold.shape)}"
+            )
 
     def flagged(self, ext_margin: Tensor) -> Tensor:
         """Which pairs count as suspect: bool, of the shape of `ext_margin` (nats, no beta)."""

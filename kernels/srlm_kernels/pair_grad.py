@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -124,20 +124,25 @@ def pair_step(
     scale: float | Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Losses [P] and slopes [2P] from the sums (policy, reference, extrapolated, lengths) [2P]."""
-    with torch.inference_mode(False), _autograd(), torch.enable_grad():
+    with _autograd():
         s = PairLogps(*(_recordable(half) for x in sums for half in (x[0::2], x[1::2])))
         chosen, rejected = s.chosen.clone().requires_grad_(), s.rejected.clone().requires_grad_()
         given = {name: _recordable(values) for name, values in pair.items()}
         losses = loss_fn(replace(s, chosen=chosen, rejected=rejected), **given)
-        if losses.shape != chosen.shape:
+        if not isinstance(losses, Tensor) or losses.shape != chosen.shape:
             raise ValueError(
                 f"loss_fn must return one loss per pair, shape {list(chosen.shape)}, "
-                f"got {list(losses.shape)}"
+                f"got {list(losses.shape) if isinstance(losses, Tensor) else losses}"
             )
-        slopes = torch.autograd.grad(
-            scale * losses.sum(), (chosen, rejected), allow_unused=True, materialize_grads=True
-        )
-    return losses.detach(), torch.stack(slopes, dim=1).flatten()
+        if losses.requires_grad:
+            found = torch.autograd.grad(
+                losses.sum(), (chosen, rejected), allow_unused=True, materialize_grads=True
+            )
+            slopes = torch.stack(found, dim=1).flatten()
+        else:  # nothing depends on a log-probability
+            slopes = torch.zeros_like(sums[0])
+    # Whatever dtypes the loss, `pair` and `scale` have: results have that of the sums.
+    return losses.detach().to(chosen.dtype), (scale * slopes).detach().to(chosen.dtype)
 
 
 def _recordable(values: Tensor) -> Tensor:
@@ -145,12 +150,24 @@ def _recordable(values: Tensor) -> Tensor:
     return values.clone() if values.is_inference() else values
 
 
-def _autograd() -> AbstractContextManager[None]:
-    """A region where autograd records even inside a custom op, which runs below it."""
-    if not torch._C._dispatch_tls_is_dispatch_key_excluded(torch._C.DispatchKey.AutogradOther):
-        return nullcontext()
-    guard: AbstractContextManager[None] = torch._C._ForceDispatchKeyGuard(*_OUTSIDE)
-    return guard
+@contextmanager
+def _autograd() -> Iterator[None]:
+    """A region where autograd records, whatever it is called from.
+
+    Even inside a custom op, which runs below autograd, and unseen by hooks that move what is saved
+    to the host.
+    """
+    with ExitStack() as stack:
+        if torch._C._dispatch_tls_is_dispatch_key_excluded(torch._C.DispatchKey.AutogradOther):
+            stack.enter_context(torch._C._ForceDispatchKeyGuard(*_OUTSIDE))
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        stack.enter_context(torch.autograd.graph.saved_tensors_hooks(_unchanged, _unchanged))
+        yield
+
+
+def _unchanged(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 _OUTSIDE = (torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set())

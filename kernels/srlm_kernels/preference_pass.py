@@ -39,6 +39,9 @@ class PreferencePass:
         self.counts = problem.scored.counts
         self.offsets = problem.scored.offsets(cu_seqlens)
         self.host_offsets = self.offsets.tolist()
+        ends = (self.host_offsets[0], self.host_offsets[-1])
+        if ends != (0, problem.size) or self.host_offsets != sorted(self.host_offsets):
+            raise ValueError("cu_seqlens must rise from 0 to the number of rows of target")
         self.offsets = self.offsets.to(problem.target.device, non_blocking=True)
         self.fields: list[dict[str, Tensor]] = []
         self.pairs: list[PairGrad] = []
@@ -132,12 +135,14 @@ class PreferencePass:
     def _per_row(self, per_sequence: Tensor, chunk: Chunk) -> Tensor:
         lengths = self.offsets[2 * chunk.first : 2 * chunk.last + 1].diff()
         rows = per_sequence.repeat_interleave(lengths, output_size=chunk.hi - chunk.lo)
-        return rows * self.counts[chunk.lo : chunk.hi]
+        # Not a product: the slope of a sequence that holds NaN is NaN.
+        return rows.masked_fill(~self.counts[chunk.lo : chunk.hi], 0)
 
     def gradients(self, folded: bool) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Of hidden states, weight (None when it was added to a buffer of the caller) and bias."""
         if self.grads is None:
             return None, None, None
+        del self.problem.tiles  # before the copies that rounding and scattering need
         total = self.grads.total()
         hidden = None if self.grad_x is None else self.problem.grad_hidden(self.grad_x)
         return hidden, None if folded else total, self.grads.bias

@@ -47,9 +47,11 @@ def add_product(total: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
 
     Where products are rounded to half precision the sum still is not.
     """
+    if total.dtype == torch.float64:
+        a, b = a.double(), b.double()
     if a.dtype == total.dtype:
         torch.mm(a, b, out=total) if first else total.addmm_(a, b)
-    elif rounds_products(a.dtype, a.device) or torch.float64 in (a.dtype, total.dtype):
+    elif rounds_products(a.dtype, a.device) or a.dtype == torch.float64:
         part = torch.mm(a, b)
         total.copy_(part) if first else total.add_(part)
     elif first:

@@ -20,8 +20,7 @@ def takes(
     if triton is None or logp.dtype != torch.float32:
         return False
     if type(loss_fn) is spa:
-        threshold = loss_fn.threshold
-        return not pair and (not isinstance(threshold, Tensor) or threshold.ndim == 0)
+        return not pair
     # A wider smoothing makes the losses wider too.
     return type(loss_fn) is dpo and all(
         name == "label_smoothing" and tensor.is_floating_point() and tensor.itemsize <= 4

@@ -1,0 +1,221 @@
+"""Compiles every Triton kernel for GPUs that are not here, and checks what it would use there.
+
+    python tests/srlm_kernels/aot.py [--arch 80 90 100] [--max-spills 0] [--triton 3.6.0]
+
+The launchers run as they are, on CPU tensors, with a driver that knows an architecture and nothing
+else: so each kernel is compiled for the very arguments, options and alignments of a real launch,
+and then not launched. Not under TRITON_INTERPRET. Exit status 1: something does not compile, stores
+more registers to memory than allowed, needs more shared memory than the chip has, lost its tensor
+cores, or may write logits before they were read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "kernels"))
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+from srlm_kernels import linear_logp_tiled, losses
+from srlm_kernels import row_stats as rs
+from srlm_kernels.logits_grad_triton import logits_grad_triton
+from srlm_kernels.pair_grad_triton import pair_grad_triton
+from srlm_kernels.row_stats_triton import row_stats_triton
+
+SHARED_MEMORY = {80: 166912, 90: 232448, 100: 232448}  # bytes that one program may have
+TENSOR_CORES = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
+DESCRIPTOR_LOAD, SPILL = "UTMALDG", "STL"
+BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+Launch = Callable[[], object]
+
+
+class AbsentDevice:
+    """What Triton asks of a driver when it compiles: a target, and nothing of a device."""
+
+    def __init__(self, arch: int) -> None:
+        self.arch = arch
+        limits = {"max_shared_mem": SHARED_MEMORY[arch]}
+        self.utils = SimpleNamespace(get_device_properties=lambda device: limits)
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.arch, 32)
+
+    def get_current_device(self) -> int:
+        return self.arch  # the key under which a kernel keeps what it compiled
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def compiled_by(launch: Launch, arch: int) -> list[Any]:
+    """The kernels that `launch` would have started on `arch`."""
+    original, found = JITFunction.run, []
+
+    def compile_only(self: Any, *args: Any, warmup: bool, **kwargs: Any) -> None:
+        found.append(original(self, *args, warmup=True, **kwargs))
+
+    triton.runtime.driver.set_active(AbsentDevice(arch))
+    JITFunction.run = compile_only
+    try:
+        launch()
+    finally:
+        JITFunction.run = original
+    return found
+
+
+def row_stats_cases() -> Iterator[tuple[str, Launch]]:
+    target, cpu = torch.zeros(32, dtype=torch.int64), torch.device("cpu")
+    for dtype in (torch.float32, torch.bfloat16):
+        logits, odd = torch.zeros(32, 4096, dtype=dtype), torch.zeros(32, 4097, dtype=dtype)
+        both = {"ref_logits": logits}
+        spa = {"ref_logits": logits, "extrapolation": 0.5}
+        more = {"bias": logits[0], "ref_bias": logits[0], "softcap": 30.0, "temperature": 1.3}
+        for name, z, options, outputs in (
+            ("policy", logits, {}, ()),
+            ("policy and reference", logits, both, ()),
+            ("three streams", logits, spa, ()),
+            ("three streams odd", odd, spa | {"ref_logits": odd}, ()),
+            ("policy with outputs", logits, {}, ("entropy",)),
+            ("everything", logits, spa | more, ("entropy",)),
+        ):
+            state = rs.new_state(32, outputs=outputs, dtype=torch.float32, device=cpu)
+            yield (
+                f"row_stats {dtype} {name}",
+                lambda s=state, x=z, o=options: row_stats_triton(s, x, target, **o),
+            )
+
+
+def logits_grad_cases() -> Iterator[tuple[str, Launch]]:
+    target, lse = torch.zeros(32, dtype=torch.int64), torch.zeros(32)
+    for dtype, grad_dtype in ((torch.float32, torch.bfloat16), (torch.bfloat16, torch.bfloat16)):
+        logits = torch.zeros(32, 4096, dtype=dtype)
+        for what, options in (("", {}), (" capped", {"bias": logits[0], "softcap": 30.0})):
+            yield (
+                f"logits_grad {dtype} to {grad_dtype}{what}",
+                lambda z=logits, g=grad_dtype, o=options: logits_grad_triton(
+                    z, target, lse, lse, grad_dtype=g, **o
+                ),
+            )
+
+
+def pair_grad_cases() -> Iterator[tuple[str, Launch]]:
+    logp, offsets = torch.zeros(64), torch.tensor([0, 10, 20, 30, 64])
+    weights, number = torch.full((2,), 0.3), torch.tensor(0.5)
+    tokens = {"ref_logp": logp, "extrapolated_logp": logp}
+    for name, loss_fn, options in (
+        ("dpo", losses.dpo(0.1), {"scale": 0.5, "ref_sums": torch.zeros(4)}),
+        ("cdpo", losses.dpo(0.1), {"scale": number, "pair": {"label_smoothing": weights}}),
+        ("spa", losses.spa(0.1, 0.1, 0.0), {"scale": 0.5, **tokens}),
+        ("spa tensor", losses.spa(0.1, 0.1, number), {"scale": number, **tokens}),
+    ):
+        yield (
+            f"pair_grad {name}",
+            lambda f=loss_fn, o=options: pair_grad_triton(logp, logp < 0, offsets, f, **o),
+        )
+
+
+def linear_logp_cases() -> Iterator[tuple[str, Launch]]:
+    target = torch.zeros(256, dtype=torch.int64)
+    for dtype in (torch.bfloat16, torch.float32):
+        hidden, weight = torch.zeros(256, 256, dtype=dtype), torch.zeros(4096, 256, dtype=dtype)
+        bias = torch.zeros(4096, dtype=dtype)
+        for paired in (False, True):
+            streams: dict[str, Any] = {}
+            if paired:
+                streams = {"ref_hidden": hidden, "ref_weight": weight, "extrapolation": 0.5}
+            for capped in (False, True):
+                options = {"bias": bias, "ref_bias": bias, "softcap": 30.0} if capped else {}
+                yield (
+                    f"linear_logp {dtype}{' paired' * paired}{' capped' * capped}",
+                    lambda h=hidden, w=weight, o=streams | options: linear_logp_tiled.tiled_state(
+                        h, w, target, **o
+                    ),
+                )
+
+
+def operations_of(kernel: Any) -> tuple[int, list[str]]:
+    """Registers per thread, and the machine instructions in order."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        usage = output_of("cuobjdump", "--dump-resource-usage", file.name)
+        code = output_of("nvdisasm", "-c", file.name)
+    registers = re.search(r"REG:(\d+)", usage)
+    operations = re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9.]*)", code, re.M)
+    assert registers and operations, "cuobjdump or nvdisasm gave nothing"
+    return int(registers.group(1)), operations
+
+
+def output_of(tool: str, *arguments: str) -> str:
+    command = [str(BINARIES / tool), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def number_of(prefix: str, operations: list[str]) -> int:
+    return sum(operation.startswith(prefix) for operation in operations)
+
+
+def problems(
+    name: str, arch: int, operations: list[str], shared: int, max_spills: int
+) -> Iterator[str]:
+    """What is wrong with a kernel."""
+    if number_of(SPILL, operations) > max_spills:
+        yield f"more than {max_spills} spills"
+    if shared > SHARED_MEMORY[arch]:
+        yield f"{shared} bytes of shared memory, the chip has {SHARED_MEMORY[arch]}"
+    if "linear_logp bfloat16" in name:
+        if not number_of(TENSOR_CORES[arch], operations):
+            yield f"no {TENSOR_CORES[arch]}"
+        if arch >= 90 and not number_of(DESCRIPTOR_LOAD, operations):
+            yield f"no {DESCRIPTOR_LOAD}"
+    if "logits_grad" in name and "capped" not in name:  # the other loads the bias later
+        order = "".join(o[0] for o in operations if o.startswith(("LDG", "BAR", "STG")))
+        if not re.fullmatch("L+B+S+", order):
+            yield f"loads, barriers and stores come as {order}"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Compiles, prints one line per kernel, and returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--arch", type=int, nargs="+", default=[80, 90, 100], choices=[80, 90, 100])
+    parser.add_argument("--max-spills", type=int, default=0)
+    parser.add_argument("--triton", default=triton.__version__, help="the version that is meant")
+    options = parser.parse_args(arguments)
+    assert triton.__version__ == options.triton, f"this is Triton {triton.__version__}"
+    # Everything is on the CPU here, which the launcher would refuse.
+    linear_logp_tiled.takes = lambda hidden, weight: None
+    cases = [*row_stats_cases(), *logits_grad_cases(), *pair_grad_cases(), *linear_logp_cases()]
+    print(f"triton {triton.__version__}, {len(cases)} kernels")
+    failures = 0
+    for arch in options.arch:
+        for name, launch in cases:
+            name = name.replace("torch.", "")
+            (kernel,) = compiled_by(launch, arch)
+            registers, operations = operations_of(kernel)
+            shared = kernel.metadata.shared
+            found = list(problems(name, arch, operations, shared, options.max_spills))
+            failures += bool(found)
+            print(
+                f"sm_{arch:<4}{name:42} {registers:3} registers {number_of(SPILL, operations):3} "
+                f"spills {shared:6} bytes {len(operations):5} instructions "
+                f"{'; '.join(found) or 'ok'}",
+                flush=True,
+            )
+    print(f"{failures} of {len(cases) * len(options.arch)} have problems")
+    return int(failures > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -41,18 +41,19 @@ def linear_preference_loss_chunked(
     folded, enabled = grad_weight_out is not None, torch.is_grad_enabled()
     wants = [enabled and t is not None and t.requires_grad for t in (hidden, weight, bias)]
     wants[1] = wants[1] or (enabled and folded)
-    run: Callable[..., PreferenceLoss] = _eager
+    run: Callable[..., PreferenceLoss] = eager
     if torch.compiler.is_compiling():
-        # A callable that no schema can carry breaks the graph, but nothing else.
-        outside = torch.compiler.disable(_eager)  # type: ignore[no-untyped-call]
-        run = _traced if is_builtin(loss_fn) else outside
+        run = _traced
+        if not is_builtin(loss_fn):
+            # Imported here: it imports the compiler, which takes longer than all else here.
+            from srlm_kernels._outside_of_graphs import outside_of_graphs as run
     return run(
         hidden, weight, target, cu_seqlens, loss_fn, wants=wants, bias=bias, scale=scale,
         ref_weight=ref_weight, grad_weight_out=grad_weight_out, logits_dtype=logits_dtype, **others,
     )  # fmt: skip
 
 
-def _eager(
+def eager(
     hidden: Tensor,
     weight: Tensor,
     target: Tensor,
@@ -64,6 +65,7 @@ def _eager(
     grad_weight_out: Tensor | None,
     **others: Any,
 ) -> PreferenceLoss:
+    """`wants`: whether hidden, weight and bias get gradients. Nothing is checked."""
     values, grads = _forward(
         hidden, weight, target, cu_seqlens, loss_fn, wants=wants, bias=bias,
         grad_weight_out=grad_weight_out, **others,
@@ -74,11 +76,6 @@ def _eager(
             values["loss"], grads, folded, hidden, weight, bias
         )
     return PreferenceLoss(**values)
-
-
-_outside_of_graphs = torch.compiler.disable(  # type: ignore[no-untyped-call]
-    _eager, reason="only a loss_fn of srlm_kernels.losses can be part of a compiled graph"
-)
 
 
 @torch.no_grad()

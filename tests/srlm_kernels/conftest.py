@@ -1,11 +1,16 @@
 """Random problems, and the float64 truth that every implementation is held to."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib import import_module
 
 import pytest
 import torch
 from torch import Tensor
+
+from srlm_kernels import dispatch
+from srlm_kernels.backends import row_kernel
+from srlm_kernels.tiles import tile_bounds
 
 # One row; odd and prime; a round tile; wide with V no multiple of anything.
 SHAPES = [(1, 8, 11), (5, 31, 123), (64, 128, 1000), (129, 96, 5021)]
@@ -17,6 +22,35 @@ OFFSETS = {
     64: [0, 9, 22, 23, 40, 40, 64],
     129: [0, 31, 60, 77, 129],
 }
+
+
+def many_tiles(columns: int, width: int) -> list[tuple[int, int]]:
+    """About twenty tiles, of no less than 32 columns."""
+    return tile_bounds(columns, max(32, columns // 20))
+
+
+@pytest.fixture(params=["reference", "chunked", "small chunks"])
+def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The name of the implementation that impl="auto" stands for during the test.
+
+    "small chunks": chunks and tiles so small that most pairs are cut and the vocabulary has many
+    tiles, and the row kernels in torch whatever else is there.
+    """
+    name = "reference" if request.param == "reference" else "chunked"
+
+    def choose(op: str, impl: str, need: dispatch.Need) -> str:
+        return dispatch.choose(op, name if impl == "auto" else impl, need)
+
+    for op in ("linear_logp", "linear_preference_loss"):
+        # Not by dotted name: the package has functions of the modules' names.
+        monkeypatch.setattr(import_module(f"srlm_kernels.{op}"), "choose", choose)
+    if request.param == "small chunks":
+        monkeypatch.setattr("srlm_kernels.problem.chunk_rows", lambda columns, device: 7)
+        monkeypatch.setattr("srlm_kernels.tiles.tile_bounds", many_tiles)
+        monkeypatch.setattr(
+            "srlm_kernels.tiles.row_kernel", lambda op, impl, like: row_kernel(op, "torch", like)
+        )
+    return name
 
 
 @dataclass
@@ -105,3 +139,11 @@ def true_logp() -> Callable[[Tensor, Tensor], Tensor]:
 def packed() -> Callable[[int], Tensor]:
     """`cu_seqlens` of whole pairs over that many rows."""
     return lambda rows: torch.tensor(OFFSETS[rows], dtype=torch.int32)
+
+
+@pytest.fixture
+def thread_count() -> Iterator[Callable[[int], None]]:
+    """Sets torch's number of threads for the rest of the test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)

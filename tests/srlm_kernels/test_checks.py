@@ -23,6 +23,13 @@ BAD_PROJECTION = [
     (ValueError, r"target must have shape \[2\]", {"rows": torch.tensor([0, 1])}),
     (TypeError, r"rows must be a 1-D int.*got 1-D bool", {"rows": torch.ones(T).bool()}),
     (ValueError, r"softcap must be positive", {"softcap": 0.0}),
+    (ValueError, r"softcap must be positive and finite", {"softcap": float("inf")}),
+    (ValueError, r"chunk_rows must be at least 1, got 0", {"chunk_rows": 0}),
+    (ValueError, r"chunk_rows must be at least 1, got -7", {"chunk_rows": -7}),
+    (ValueError, r"outputs must be names without repetition", {"outputs": "entropy"}),
+    (ValueError, r"outputs must be names without repetition", {"outputs": ["entropy"] * 2}),
+    (ValueError, r"weight is empty, shape \[0, 3\]", {"weight": torch.zeros(0, D)}),
+    (ValueError, r"bias .*cpu.*meta|bias .*meta.*cpu", {"bias": torch.zeros(V, device="meta")}),
     (TypeError, r"logits_dtype must be a float dtype", {"logits_dtype": torch.int32}),
     (ValueError, r"unknown outputs \['perplexity'\]; known: entropy", {"outputs": ["perplexity"]}),
     (TypeError, r"process_group must be a torch.distributed group", {"process_group": object()}),
@@ -51,6 +58,17 @@ BAD_PAIRS = [
     (ValueError, r"rise from 0 to the 4 rows", {"cu_seqlens": torch.tensor([0, 1, 3])}),
     (ValueError, r"rise from 0 to the 4 rows", {"cu_seqlens": torch.tensor([0, 5, 4])}),
     (ValueError, r"pair\['w'\] must have shape \[2\]", {"pair": {"w": torch.zeros(4)}}),
+    (ValueError, r"scale must have shape \[\]", {"scale": torch.ones(1)}),
+    (
+        ValueError,
+        r"scale requires a gradient, which this op does not give",
+        {"scale": torch.ones((), requires_grad=True)},
+    ),
+    (
+        ValueError,
+        r"pair\['label_smoothing'\] requires a gradient, which this op does not give",
+        {"pair": {"label_smoothing": torch.zeros(2, requires_grad=True)}},
+    ),
     (ValueError, r"ref_logp must have shape \[4\]", {"ref_logp": torch.zeros(2)}),
     (
         ValueError,
@@ -73,6 +91,7 @@ BAD_PAIRS = [
         r"one loss per pair, shape \[2\], got \[\]",
         {"loss_fn": lambda s: s.margin.mean()},
     ),
+    (ValueError, r"one loss per pair, shape \[2\], got None", {"loss_fn": lambda s: None}),
 ]
 
 

@@ -7,6 +7,8 @@ import torch
 
 from srlm_kernels import linear_logp
 
+pytestmark = pytest.mark.usefixtures("implementation")
+
 OPTIONS = {
     "plain": {},
     "scaled": {"logit_scale": 0.7, "temperature": 1.3},
@@ -267,38 +269,83 @@ def test_extreme_logits_stay_finite_and_exact():
     torch.testing.assert_close(logp[2], torch.tensor([-1.0, 0.0, 1.0]).log_softmax(0)[0])
 
 
-def test_bf16_inputs_keep_fp32_logits(problem, shape, true_logits, true_logp):
-    p = problem(shape, torch.bfloat16)
-    out = linear_logp(p.hidden, p.weight, p.target, bias=p.bias)
-    truth = true_logp(true_logits(p.hidden, p.weight, p.bias), p.target)
-    torch.testing.assert_close(out.logp.double(), truth, atol=3e-5, rtol=0)
-
-
-def test_bf16_logits_are_no_worse_than_unfused_torch(problem, shape, true_logits, true_logp):
-    p = problem(shape, torch.bfloat16)
-    truth = true_logp(true_logits(p.hidden, p.weight), p.target)
-    ours = linear_logp(p.hidden, p.weight, p.target, logits_dtype=torch.bfloat16).logp
-    logits = (p.hidden @ p.weight.T).float()
-    unfused = logits.log_softmax(1).gather(1, p.target[:, None])[:, 0]
-    assert (ours - truth).abs().max() <= (unfused - truth).abs().max() + 1e-6
-    # The rounding really happens: fp32 logits would be a thousand times closer.
-    exact = linear_logp(p.hidden, p.weight, p.target).logp
-    assert (ours - truth).abs().max() > 10 * (exact - truth).abs().max()
-
-
-def test_fp64_follows_the_logits_dtype(problem):
+@pytest.mark.parametrize("logits_dtype", [None, torch.float32, torch.bfloat16])
+def test_statistics_follow_the_logits_and_gradients_the_inputs(problem, logits_dtype):
+    """Regression: no gradient for fp64 inputs whose logits were asked for in fp32."""
     p = problem((5, 31, 123), torch.float64)
-    assert linear_logp(p.hidden, p.weight, p.target).logp.dtype == torch.float64
-    narrow = linear_logp(p.hidden, p.weight, p.target, logits_dtype=torch.float32)
-    assert narrow.logp.dtype == torch.float32
+    hidden, weight, bias = p.trainable()
+    logp = linear_logp(hidden, weight, p.target, bias=bias, logits_dtype=logits_dtype).logp
+    logp.sum().backward()
+    assert logp.dtype == (torch.float64 if logits_dtype is None else torch.float32)
+    exact = p.trainable()
+    linear_logp(*exact[:2], p.target, bias=exact[2], impl="reference").logp.sum().backward()
+    rtol = {None: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}[logits_dtype]
+    for ours, truth in zip((hidden, weight, bias), exact, strict=True):
+        assert ours.grad.dtype == torch.float64
+        assert (ours.grad - truth.grad).norm() <= rtol * truth.grad.norm()
+
+
+def test_a_second_backward_gives_the_same_gradient(problem):
+    """Unlike the loss, whose gradients are stashed: here they are computed in backward."""
+    p = problem((5, 31, 123))
+    hidden, weight, _ = p.trainable()
+    logp = linear_logp(hidden, weight, p.target).logp
+    first = torch.autograd.grad(logp.sum(), (hidden, weight), retain_graph=True)
+    second = torch.autograd.grad(2 * logp.sum(), (hidden, weight))
+    for a, b in zip(first, second, strict=True):
+        torch.testing.assert_close(2 * a, b)
+
+
+@pytest.mark.parametrize("wanted", ["hidden", "weight", "bias"])
+def test_each_gradient_alone_is_what_it_is_among_all(problem, wanted):
+    p = problem((5, 31, 123))
+    rows = torch.tensor([0, 0, 3, 2, 2])
+    names = ("hidden", "weight", "bias")
+    every = dict(zip(names, p.trainable(), strict=True))
+    alone = {name: every[name].detach().clone() for name in names}
+    alone[wanted].requires_grad_()
+    for tensors in (every, alone):
+        linear_logp(target=p.target, rows=rows, **tensors).logp.sum().backward()
+    assert torch.equal(alone[wanted].grad, every[wanted].grad)
+    assert [name for name in names if alone[name].grad is not None] == [wanted]
+
+
+def test_strided_inputs_are_those_of_their_copies(problem):
+    p = problem((5, 31, 123))
+    results = []
+    for twist in (torch.clone, lambda t: t.t().contiguous().t()):
+        hidden, weight = (twist(t).requires_grad_() for t in (p.hidden, p.weight))
+        reference = {name: twist(t) if t.ndim == 2 else t for name, t in p.reference.items()}
+        out = linear_logp(hidden, weight, p.target, **reference, extrapolation=0.5)
+        out.logp.sum().backward()
+        results.append((out.logp, out.ref_logp, out.extrapolated_logp, hidden.grad, weight.grad))
+    torch.testing.assert_close(*results)
+
+
+def test_rows_out_of_bounds_are_an_error(problem):
+    p = problem((5, 31, 123))
+    for row in (-1, 5):
+        with pytest.raises(IndexError):
+            linear_logp(p.hidden, p.weight, p.target, rows=torch.tensor([0, 1, 2, 3, row]))
+
+
+def repeated(problem):
+    p = problem((64, 128, 1000))
+    rows = torch.arange(64) % 7
+    results = set()
+    for _ in range(10):
+        hidden, weight, _ = p.trainable()
+        logp = linear_logp(hidden, weight, p.target, rows=rows).logp
+        logp.sum().backward()
+        results.add(tuple(t.detach().numpy().tobytes() for t in (logp, hidden.grad, weight.grad)))
+    return results
 
 
 def test_repeats_bit_for_bit(problem):
-    p = problem((64, 128, 1000))
-    rows = torch.arange(64) % 7
-    grads = set()
-    for _ in range(5):
-        hidden, weight, _ = p.trainable()
-        linear_logp(hidden, weight, p.target, rows=rows).logp.sum().backward()
-        grads.add((hidden.grad.numpy().tobytes(), weight.grad.numpy().tobytes()))
-    assert len(grads) == 1
+    assert len(repeated(problem)) == 1
+
+
+@pytest.mark.parametrize("implementation", ["chunked"], indirect=True)
+def test_two_threads_repeat_bit_for_bit(problem, thread_count):
+    thread_count(2)
+    assert len(repeated(problem)) == 1

@@ -7,6 +7,8 @@ import torch
 
 from srlm_kernels import linear_preference_loss, losses
 
+pytestmark = pytest.mark.usefixtures("implementation")
+
 BETA = 0.1
 SCALED = {"logit_scale": 1.3, "softcap": 6.0}
 
@@ -184,24 +186,74 @@ def test_without_a_reference_its_terms_are_zero(problem, packed):
     assert torch.equal(out.margins, out.logp[0::2] - out.logp[1::2])
 
 
-def test_bf16_gradients_are_summed_wide_and_rounded_once(problem, true_logits, true_logp, packed):
-    shape = (129, 96, 5021)
+def dpo_in_float64(p, cu_seqlens, true_logits, true_logp):
+    """The margins, and the gradients of hidden states and weight."""
+    z = true_logits(p.hidden, p.weight)
+    logp = sums(true_logp(z, p.target), cu_seqlens)
+    margin = logp[0::2] - logp[1::2]
+    c = -BETA / (1 + (BETA * margin).exp()) / len(margin)
+    slopes = torch.stack([c, -c], 1).flatten()
+    return margin, true_gradients(p, z, cu_seqlens, slopes)[:2]
+
+
+@pytest.mark.parametrize("shape", [(64, 128, 1000), (129, 96, 5021)], ids=["V1000", "V5021"])
+def test_bf16_gradients_are_summed_wide_and_rounded_once(
+    problem, shape, true_logits, true_logp, packed
+):
     p = problem(shape, torch.bfloat16)
     cu = packed(shape[0])
-    leaves = p.trainable()
-    out = linear_preference_loss(*leaves[:2], p.target, cu, losses.dpo(BETA), bias=leaves[2])
-    z = true_logits(p.hidden, p.weight, p.bias)
-    logp = sums(true_logp(z, p.target), cu)
-    margin = logp[0::2] - logp[1::2]
+    hidden, weight, _ = p.trainable()
+    arguments = (p.target, cu, losses.dpo(BETA))
+    options = {"logits_dtype": torch.float32}
+    out = linear_preference_loss(hidden, weight, *arguments, **options)
+    margin, truth = dpo_in_float64(p, cu, true_logits, true_logp)
     torch.testing.assert_close(out.margins.double(), margin, atol=5e-3, rtol=0)
-    c = -BETA / (1 + (BETA * margin).exp()) / len(margin)
-    truth = true_gradients(p, z, cu, torch.stack([c, -c], 1).flatten())
-    for ours, exact in zip(grads_of(out.loss, leaves), truth, strict=True):
+    for ours, exact in zip(grads_of(out.loss, (hidden, weight)), truth, strict=True):
         assert ours.dtype == torch.bfloat16
         assert (ours.double() - exact).norm() <= 2.5e-3 * exact.norm()
 
     wide = torch.zeros(p.weight.shape)
-    linear_preference_loss(
-        *leaves[:2], p.target, cu, losses.dpo(BETA), bias=leaves[2], grad_weight_out=wide
-    )
+    linear_preference_loss(hidden, weight, *arguments, grad_weight_out=wide, **options)
     assert (wide - truth[1]).norm() <= 1e-5 * truth[1].norm()
+
+
+def test_bf16_logits_are_no_worse_than_plain_torch(problem, true_logits, true_logp, packed):
+    """Margins of bf16 logits under an fp32 log-softmax; logits small enough for the limit."""
+    p = problem((129, 96, 5021), torch.bfloat16)
+    p.weight = p.weight / 3
+    cu = packed(129)
+    hidden, weight, _ = p.trainable()
+    out = linear_preference_loss(
+        hidden, weight, p.target, cu, losses.dpo(BETA), logits_dtype=torch.bfloat16
+    )
+    margin, truth = dpo_in_float64(p, cu, true_logits, true_logp)
+    log_probs = (p.hidden @ p.weight.T).float().log_softmax(1)
+    plain = sums(log_probs.gather(1, p.target[:, None])[:, 0], cu)
+    allowed = (plain[0::2] - plain[1::2] - margin).abs().max()
+    assert (out.margins - margin).abs().max() <= allowed + 1e-4
+    for ours, exact in zip(grads_of(out.loss, (hidden, weight)), truth, strict=True):
+        assert (ours.double() - exact).norm() <= 4e-3 * exact.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_margins_of_two_thousand_tokens(problem, dtype):
+    """Of about one nat each, as in text: the sums are rounded to fp32, so more would cost more."""
+    p = problem((64, 128, 1000), dtype)
+    log_probs = (2 * p.hidden.double() @ p.weight.double().T).log_softmax(1)
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.arange(4000) % 64
+    target = torch.multinomial(log_probs.exp()[rows], 1, generator=generator)[:, 0]
+    logp = log_probs[rows, target]
+    assert -2 < logp.mean() < -1
+    out = linear_preference_loss(
+        2 * p.hidden,
+        p.weight,
+        target,
+        torch.tensor([0, 2000, 4000]),
+        losses.dpo(BETA),
+        rows=rows,
+        logits_dtype=torch.float32,
+    )
+    margin = logp[:2000].sum() - logp[2000:].sum()
+    atol = 1e-4 if dtype == torch.float32 else 5e-3
+    torch.testing.assert_close(out.margins.double(), margin[None], atol=atol, rtol=0)

@@ -4,8 +4,11 @@ import math
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from srlm_kernels import linear_preference_loss, losses
+
+pytestmark = pytest.mark.usefixtures("implementation")
 
 BETA = 0.1
 
@@ -92,6 +95,106 @@ def test_upstream_gradient_is_applied_and_second_backward_raises(problem, packed
         torch.testing.assert_close(ours.grad, -3 * truth)
     with pytest.raises(RuntimeError, match="earlier backward took the gradients"):
         loss.backward()
+
+
+class Allocated(TorchDispatchMode):
+    """Collects the shapes of new tensors in its region, views of `old` ones aside."""
+
+    def __init__(self, *old):
+        super().__init__()
+        self.old = {t.untyped_storage().data_ptr() for t in old}
+        self.shapes = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        new = isinstance(result, torch.Tensor)
+        if new and result.untyped_storage().data_ptr() not in self.old:
+            self.shapes.add(tuple(result.shape))
+        return result
+
+
+@pytest.mark.parametrize("implementation", ["chunked", "small chunks"], indirect=True)
+@pytest.mark.parametrize("why", ["no_grad", "frozen head", "trained"])
+def test_what_needs_no_gradient_of_the_head_makes_none(problem, packed, why):
+    p = problem((64, 128, 1000))
+    hidden, weight, _ = p.trainable()
+    weight.requires_grad_(why != "frozen head")
+    with Allocated(weight) as allocated, torch.set_grad_enabled(why != "no_grad"):
+        linear_preference_loss(hidden, weight, p.target, packed(64), losses.dpo(BETA))
+    assert ((1000, 128) in allocated.shapes) == (why == "trained")
+
+
+def test_inference_mode_gives_the_same_loss(problem, packed):
+    """Regression: autograd, which finds the slopes, records no tensor made in inference mode."""
+    p = problem((5, 31, 123))
+    smoothing = {"label_smoothing": torch.tensor([0.1, 0.4])}
+    arguments = (p.target, packed(5), losses.dpo(BETA))
+    expected = linear_preference_loss(p.hidden, p.weight, *arguments, pair=smoothing).loss
+    with torch.inference_mode():
+        hidden = p.hidden * 1
+        inside = {name: t * 1 for name, t in smoothing.items()}
+        loss = linear_preference_loss(hidden, p.weight, *arguments, pair=inside).loss
+    assert torch.equal(loss, expected)
+    weight = p.weight.clone().requires_grad_()
+    linear_preference_loss(hidden, weight, *arguments, pair=inside).loss.backward()
+    assert weight.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("scale", [0.25, torch.tensor(0.25)])
+def test_scale_is_a_number_or_a_tensor(problem, packed, scale):
+    p = problem((5, 31, 123))
+    arguments = (p.target, packed(5), losses.dpo(BETA))
+    leaves = p.trainable()[:2]
+    out = linear_preference_loss(*leaves, *arguments, scale=scale)
+    assert out.loss.dtype == torch.float32
+    assert torch.equal(out.loss, 0.25 * out.losses.sum())
+    same = p.trainable()[:2]
+    plain = linear_preference_loss(*same, *arguments, scale=1.0)
+    for ours, truth in zip(grads_of(out.loss, leaves), grads_of(plain.loss, same), strict=True):
+        torch.testing.assert_close(ours, truth / 4)
+
+
+@pytest.mark.parametrize("upstream", [2.0, 65536.0, 0.0])
+def test_a_grad_scaler_multiplies_the_gradients(problem, packed, upstream):
+    p = problem((5, 31, 123), torch.bfloat16)
+    arguments = (p.target, packed(5), losses.dpo(BETA))
+    leaves, same = p.trainable()[:2], p.trainable()[:2]
+    once = grads_of(linear_preference_loss(*leaves, *arguments).loss, leaves)
+    scaled = grads_of(linear_preference_loss(*same, *arguments).loss * upstream, same)
+    assert all(torch.equal(b, a * upstream) for a, b in zip(once, scaled, strict=True))
+
+
+def test_offloading_hooks_see_no_gradient(problem, packed, implementation):
+    """Regression: stashed gradients in `save_for_backward` are copied to the host and back."""
+    p = problem((64, 128, 1000))
+    arguments = (p.target, packed(64), losses.dpo(BETA))
+    hidden, weight, _ = p.trainable()
+    seen = []
+
+    def pack(t):
+        seen.append(t.numel())
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        loss = linear_preference_loss(hidden, weight, *arguments).loss
+    loss.backward()
+    if implementation == "chunked":  # autograd of plain torch saves its logits
+        assert max(seen, default=0) < 64
+    offloaded, same_weight, _ = p.trainable()
+    with torch.autograd.graph.save_on_cpu():
+        loss = linear_preference_loss(offloaded, same_weight, *arguments).loss
+    loss.backward()
+    assert torch.equal(offloaded.grad, hidden.grad)
+    assert torch.equal(same_weight.grad, weight.grad)
+
+
+def test_gradients_have_no_gradients(problem, packed):
+    p = problem((5, 31, 123))
+    hidden, weight, _ = p.trainable()
+    loss = linear_preference_loss(hidden, weight, p.target, packed(5), losses.dpo(BETA)).loss
+    (gradient,) = torch.autograd.grad(loss, hidden, create_graph=True)
+    with pytest.raises(RuntimeError):
+        gradient.sum().backward()
 
 
 def test_frozen_head_trains_the_hidden_states_alone(problem, packed):

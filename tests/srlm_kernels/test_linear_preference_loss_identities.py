@@ -7,6 +7,8 @@ import torch
 
 from srlm_kernels import linear_logp, linear_preference_loss, losses
 
+pytestmark = pytest.mark.usefixtures("implementation")
+
 BETA = 0.1
 SCALED = {"logit_scale": 1.3, "softcap": 6.0}
 
@@ -247,28 +249,65 @@ def test_micro_batches_accumulate_to_the_whole_batch(problem, folded, packed):
     torch.testing.assert_close(micro[1:], whole[1:])
 
 
-def test_repeats_bit_for_bit(problem, packed):
+def repeated(problem, packed):
     p = problem((64, 128, 1000))
     results = set()
-    for _ in range(5):
+    for _ in range(10):
         leaves = p.trainable()[:2]
         out = linear_preference_loss(
             *leaves, p.target, packed(64), losses.dpo(BETA), rows=torch.arange(64) % 9
         )
         grads = grads_of(out.loss, leaves)
         results.add(tuple(t.detach().numpy().tobytes() for t in (out.loss, *grads)))
-    assert len(results) == 1
+    return results
+
+
+def test_repeats_bit_for_bit(problem, packed):
+    assert len(repeated(problem, packed)) == 1
+
+
+@pytest.mark.parametrize("implementation", ["chunked"], indirect=True)
+def test_two_threads_repeat_bit_for_bit(problem, packed, thread_count):
+    thread_count(2)
+    assert len(repeated(problem, packed)) == 1
 
 
 def test_nan_stays_in_its_pair(problem, packed):
     p = problem((64, 16, 31))
-    cu = packed(64)
-    clean = linear_preference_loss(p.hidden, p.weight, p.target, cu, losses.dpo(BETA))
-    p.hidden[10] = math.nan  # pair 0, rejected
-    out = linear_preference_loss(p.hidden, p.weight, p.target, cu, losses.dpo(BETA))
+    results = []
+    for value in (0.5, math.nan):
+        hidden = p.hidden.index_fill(0, torch.tensor([10]), value).requires_grad_()
+        out = linear_preference_loss(hidden, p.weight, p.target, packed(64), losses.dpo(BETA))
+        out.loss.backward()
+        results.append((out, hidden.grad))
+    (clean, gradient), (out, broken) = results
+    assert out.logp.isnan().tolist() == [False, True, False, False, False, False]
     assert out.losses[0].isnan()
     assert torch.equal(out.losses[1:], clean.losses[1:])
-    assert out.logp.isnan().tolist() == [False, True, False, False, False, False]
+    assert torch.equal(broken[23:], gradient[23:])  # where the second pair begins
+
+
+def test_a_common_beginning_of_both_responses_cancels(problem):
+    """The same tokens after the same states: without them margin and gradients are the same."""
+    p = problem((12, 8, 37), torch.float64)
+    shared = torch.tensor([0, 1, 2])
+    chosen, rejected = torch.tensor([3, 4, 5]), torch.tensor([6, 7, 8, 9])
+    results = []
+    for start in (shared, shared[:0]):
+        rows = torch.cat([start, chosen, start, rejected])
+        cu = torch.tensor([0, len(start) + 3, len(rows)])
+        leaves = p.trainable()[:2]
+        out = linear_preference_loss(
+            *leaves,
+            p.target[rows],
+            cu,
+            losses.spa(BETA, 0.2, 0.1),
+            rows=rows,
+            **p.reference,
+            extrapolation=0.5,
+        )
+        results.append((out.margins, out.ext_margins, out.loss, *grads_of(out.loss, leaves)))
+    torch.testing.assert_close(*results)
 
 
 def test_token_results_are_those_of_linear_logp(problem, packed):

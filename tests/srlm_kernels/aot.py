@@ -80,7 +80,7 @@ def row_stats_cases() -> Iterator[tuple[str, Launch]]:
     for dtype in (torch.float32, torch.bfloat16):
         logits, odd = torch.zeros(32, 4096, dtype=dtype), torch.zeros(32, 4097, dtype=dtype)
         both = {"ref_logits": logits}
-        spa = {"ref_logits": logits, "extrapolation": 0.5}
+        spa = {"ref_logits": logits, "extrapolation": 1}
         more = {"bias": logits[0], "ref_bias": logits[0], "softcap": 30.0, "temperature": 1.3}
         for name, z, options, outputs in (
             ("policy", logits, {}, ()),
@@ -117,7 +117,7 @@ def pair_grad_cases() -> Iterator[tuple[str, Launch]]:
     for name, loss_fn, options in (
         ("dpo", losses.dpo(0.1), {"scale": 0.5, "ref_sums": torch.zeros(4)}),
         ("cdpo", losses.dpo(0.1), {"scale": number, "pair": {"label_smoothing": weights}}),
-        ("spa", losses.spa(0.1, 0.1, 0.0), {"scale": 0.5, **tokens}),
+        ("spa integers", losses.spa(1, 1, 1), {"scale": 1, **tokens}),
         ("spa tensor", losses.spa(0.1, 0.1, number), {"scale": number, **tokens}),
     ):
         yield (
@@ -134,7 +134,7 @@ def linear_logp_cases() -> Iterator[tuple[str, Launch]]:
         for paired in (False, True):
             streams: dict[str, Any] = {}
             if paired:
-                streams = {"ref_hidden": hidden, "ref_weight": weight, "extrapolation": 0.5}
+                streams = {"ref_hidden": hidden, "ref_weight": weight, "extrapolation": 1}
             for capped in (False, True):
                 options = {"bias": bias, "ref_bias": bias, "softcap": 30.0} if capped else {}
                 yield (

@@ -79,7 +79,7 @@ def test_against_float64(problem, dtype, shapes, options):
 def test_tails(problem, dtype, vocabulary):
     arguments = moved(problem((3, 16, vocabulary), dtype))
     arguments["target"] = torch.tensor([vocabulary - 1, 0, vocabulary // 2], device=DEVICE)
-    arguments["extrapolation"] = 1.0
+    arguments["extrapolation"] = 1
     # The head's memory ends with its last row: whatever lies behind must not count.
     for name in ("weight", "ref_weight"):
         rows, width = arguments[name].shape

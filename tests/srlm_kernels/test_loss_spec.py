@@ -58,7 +58,7 @@ def test_a_changed_copy_is_written_anew():
     assert spec(changed)[0] == '["with_nll", ["dpo", 0.7, 0.0], 0.5]'
 
 
-@pytest.mark.parametrize("loss", NOT_BUILT_IN, ids=str)
+@pytest.mark.parametrize("loss", NOT_BUILT_IN, ids=range(len(NOT_BUILT_IN)))
 def test_what_is_not_built_in_is_not_written(loss):
     assert not is_builtin(loss)
     with pytest.raises(TypeError, match="can be written down, got"):

@@ -95,6 +95,12 @@ def test_scale_may_stay_on_the_device() -> None:
     assert number.slopes.equal(tensor.slopes)
 
 
+def test_options_may_be_integers() -> None:
+    assert_same(run(dpo(1, 1), scale=1), run(dpo(1.0, 1.0), scale=1.0), rtol=0)
+    options = {"scale": 2, "extrapolated_logp": tokens(2)}
+    assert_same(run(spa(1, 1, 0), **options), run(spa(1.0, 1.0, 0.0), **options), rtol=0)
+
+
 @pytest.mark.parametrize("smoothing", [0.0, 0.5, 1.0])
 def test_margins_beyond_every_exponential(smoothing: float) -> None:
     """The coefficient keeps its digits where sigmoid(x) - 1 has none left."""

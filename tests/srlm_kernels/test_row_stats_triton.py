@@ -86,7 +86,7 @@ def test_tails(columns: int) -> None:
     logits = block(normal(2, columns), torch.float32)
     ref_logits = block(normal(2, columns, seed=1), torch.float32)
     target = torch.tensor([columns - 1, columns], device=DEVICE)  # the second is no column
-    arguments = {"ref_logits": ref_logits, "extrapolation": 2.0}
+    arguments = {"ref_logits": ref_logits, "extrapolation": 2}
     assert_state(run(logits, target, **arguments), run(logits, target, wide=True, **arguments))
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from srlm_kernels.backends import refusal
-from srlm_kernels.triton_support import final_logit, jit, tanh, tl, transform_factors
+from srlm_kernels.triton_support import INTERPRETED, final_logit, jit, tanh, tl, transform_factors
 
 KERNELS = Path(__file__).resolve().parents[2] / "kernels"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -59,7 +59,9 @@ def test_tanh_to_the_last_digits() -> None:
     x = torch.cat([near, far, torch.tensor([0.0, torch.inf, -torch.inf, torch.nan])]).to(DEVICE)
     out = torch.empty_like(x)
     tanh_kernel[(1,)](x, out, SIZE=8192)
-    torch.testing.assert_close(out.double(), x.double().tanh(), rtol=2.5e-7, atol=0, equal_nan=True)
+    # A GPU's exponential is not rounded correctly.
+    rtol = 2.5e-7 if INTERPRETED else 6e-7
+    torch.testing.assert_close(out.double(), x.double().tanh(), rtol=rtol, atol=0, equal_nan=True)
 
 
 @needs_triton

@@ -24,6 +24,7 @@ from srlm_kernels.problem import log_sum_exp
 from srlm_kernels.triton_support import (
     EXACT,
     constant,
+    dense,
     extrapolated,
     final_logit,
     jit,
@@ -161,7 +162,7 @@ def tiled_state(
     # The kernel counts in units of ln 2: the hardware's exponential is that of base 2.
     factors = (inner, outer / math.log(2)) if capped else (inner / math.log(2), outer)
     if reference is not None and extrapolation is not None:
-        return _state(policy, reference, extrapolation, target, factors, capped)
+        return _state(policy, reference, float(extrapolation), target, factors, capped)
     state = _state(policy, None, None, target, factors, capped)
     if reference is not None:
         # Nothing mixes the two: one after the other they can have larger tiles.
@@ -189,7 +190,7 @@ class _Stream:
         hidden = hidden if rows is None else hidden.index_select(0, rows)
         if hidden.stride(1) != 1 or _misaligned(hidden):
             hidden = hidden.clone(memory_format=torch.contiguous_format)
-        return cls(hidden, weight, None if bias is None else bias.contiguous())
+        return cls(hidden, weight, dense(bias))
 
     def arguments(self, tile: Tiling) -> tuple[Any, ...]:
         """What the kernel takes: hidden, weight, their strides, width and bias."""
@@ -224,7 +225,7 @@ def _state(
         _tiled_kernel[(triton.cdiv(count, tile.rows) * slices,)](
             states, *policy.arguments(tile),
             *(reference.arguments(tile) if reference else (None,) * 6),
-            target.contiguous(), count, vocabulary, *factors, extrapolation,
+            dense(target), count, vocabulary, *factors, extrapolation,
             CAPPED=capped, SLICE=SLICE, GROUP=GROUP, ROWS=tile.rows, COLUMNS=tile.columns,
             DEPTH=tile.depth, DESCRIBED=tile.described, num_warps=tile.warps,
             num_stages=tile.stages, **EXACT,

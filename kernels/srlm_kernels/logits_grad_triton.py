@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from srlm_kernels.logits_grad import narrowed
-from srlm_kernels.triton_support import EXACT, jit, tanh, tl, transform_factors
+from srlm_kernels.triton_support import EXACT, dense, jit, tanh, tl, transform_factors
 
 
 def logits_grad_triton(
@@ -31,7 +31,7 @@ def logits_grad_triton(
     inner, outer = transform_factors(softcap, logit_scale, temperature)
     with torch.cuda.device_of(logits):
         _logits_grad_kernel[(rows,)](
-            grad, logits, target.contiguous(), lse.contiguous(), upstream.contiguous(), bias,
+            grad, logits, dense(target), dense(lse), dense(upstream), dense(bias),
             columns, first_column, grad.stride(0), logits.stride(0), inner, outer,
             logit_scale / temperature, CAPPED=softcap is not None, BLOCK=2048, num_warps=8, **EXACT,
         )  # fmt: skip

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from srlm_kernels.losses import dpo, spa
 from srlm_kernels.pair_grad import PairGrad
-from srlm_kernels.triton_support import EXACT, jit, tl, triton
+from srlm_kernels.triton_support import EXACT, dense, jit, tl, triton
 
 
 def takes(
@@ -59,9 +59,9 @@ def pair_grad_triton(
     if sequences:
         with torch.cuda.device_of(logp):
             _pair_grad_kernel[(sequences // 2,)](
-                sums, losses, slopes, logp.contiguous(), _contiguous(ref_logp),
-                _contiguous(extrapolated_logp), _contiguous(ref_sums),
-                cu_seqlens.to(device, non_blocking=True), sequences, loss_fn.beta,
+                sums, losses, slopes, dense(logp), dense(ref_logp), dense(extrapolated_logp),
+                dense(ref_sums), dense(cu_seqlens.to(device, non_blocking=True)),
+                sequences, float(loss_fn.beta),
                 *_number_or_tensor(smoothing, device), *_number_or_tensor(threshold, device),
                 *_number_or_tensor(scale, device),
                 FLAG_EQUAL=isinstance(loss_fn, spa) and loss_fn.flag_equal, BLOCK=512, **EXACT,
@@ -72,17 +72,13 @@ def pair_grad_triton(
     return PairGrad(policy, ref, ext, losses, slopes)
 
 
-def _contiguous(values: Tensor | None) -> Tensor | None:
-    return None if values is None else values.contiguous()
-
-
 def _number_or_tensor(
     value: float | Tensor | None, device: torch.device
 ) -> tuple[float | None, Tensor | None]:
     """One of the two, for the kernel; the other is None. Nothing waits for the device."""
     if isinstance(value, Tensor):
-        return None, value.to(device, non_blocking=True).contiguous()
-    return value, None
+        return None, dense(value.to(device, non_blocking=True))
+    return None if value is None else float(value), None
 
 
 @jit

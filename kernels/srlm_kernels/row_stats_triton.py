@@ -10,6 +10,7 @@ from srlm_kernels import row_stats as rs
 from srlm_kernels.triton_support import (
     EXACT,
     constant,
+    dense,
     extrapolated,
     final_logit,
     jit,
@@ -46,13 +47,13 @@ def row_stats_triton(
         return
     inner, outer = transform_factors(softcap, logit_scale, temperature)
     outputs = state.shape[0] == rs.ROWS_WITH_OUTPUTS
+    strength = None if ref_logits is None or extrapolation is None else float(extrapolation)
     with torch.cuda.device_of(logits):
         _row_stats_kernel[(rows,)](
-            state, logits, ref_logits, target.contiguous(), bias, ref_bias,
+            state, logits, ref_logits, dense(target), dense(bias), dense(ref_bias),
             columns, first_column, logits.stride(0),
             0 if ref_logits is None else ref_logits.stride(0), state.stride(0), inner, outer,
-            None if ref_logits is None else extrapolation,
-            CAPPED=softcap is not None, OUTPUTS=outputs,
+            strength, CAPPED=softcap is not None, OUTPUTS=outputs,
             BLOCK=1024 if outputs or logits.dtype == torch.float32 else 2048, num_warps=8,
             maxnreg=128 if outputs else None,  # unasked, ptxas spills to get by with 64
             **EXACT,

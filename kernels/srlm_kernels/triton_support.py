@@ -6,10 +6,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from torch import Tensor
+
 __all__ = [
     "EXACT",
     "INTERPRETED",
     "constant",
+    "dense",
     "extrapolated",
     "final_logit",
     "jit",
@@ -44,6 +47,11 @@ def constant(value: Any) -> Any:
     return value if triton is None else tl.constexpr(value)
 
 
+def dense(vector: Tensor | None) -> Tensor | None:
+    """The vector without gaps between its elements, as every kernel reads it."""
+    return None if vector is None else vector.contiguous()
+
+
 def target_arch() -> int:
     """Compute capability of the current CUDA device, 90 for sm_90; 90 under the interpreter."""
     return 90 if INTERPRETED else int(triton.runtime.driver.active.get_current_target().arch)
@@ -76,7 +84,7 @@ def extrapolated(z, z_ref, strength):
 
 @jit
 def tanh(x):
-    """fp32, to 2e-7 of its value; the hardware's is good to 5e-4 only."""
+    """fp32, to a few units in the last place; the hardware's is good to 5e-4 only."""
     # Near 0 the exponential's rounding is all that is left of 1 - 2 / (e^2x + 1): there a minimax
     # polynomial of (tanh(x) / x - 1) / x^2 on [0, 0.6], off by 3e-9.
     t = x * x

@@ -67,9 +67,10 @@ def test_a_killed_run_leaves_whole_rows(sent: signal.Signals, tmp_path: Path) ->
     path = tmp_path / "rows.jsonl"
     arguments = ["--only", "sleep", "--threads", "1", "--json", str(path)]
     code = f"""
-import sys, time
+import signal, sys, time
 from pathlib import Path
 from benchmarks.__main__ import main
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job inherits none
 sys.path.insert(0, {str(HERE)!r})
 import bench_sleep
 # Hangs from the first row on.
@@ -81,7 +82,10 @@ sys.exit(main({arguments!r}, Path({str(HERE)!r})))
     while not read_rows(path) and time.monotonic() < deadline:
         time.sleep(0.05)
     child.send_signal(sent)
-    assert child.wait(timeout=300) == (130 if sent == signal.SIGINT else -sent)
+    try:
+        assert child.wait(timeout=60) == (130 if sent == signal.SIGINT else -sent)
+    finally:
+        child.kill()
     assert path.read_bytes().endswith(b"\n")
     assert measured(read_rows(path)) in (["case 0: short"], ["case 0: short", "case 0: long"])
 

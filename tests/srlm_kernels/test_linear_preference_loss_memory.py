@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from srlm_kernels import native
+
 HERE = Path(__file__).resolve().parent
 ROWS, WIDTH, COLUMNS = 1024, 128, 32000
 CHUNK = 512  # rows on a CPU
@@ -18,6 +20,8 @@ HEAD = COLUMNS * WIDTH
 DX = 4 * ROWS * WIDTH
 # A bf16 GEMM copies its operands, and its product, rounded, is there before it is added to the sum.
 BF16_GEMM = TILE + 2 * 4096 * WIDTH * 2
+# The row kernels in torch hold up to four copies of a tile in fp32 at a time, those in C++ none.
+COPIES = 0 if native.available() else 4
 
 CASES = {
     "loss": ({"reference": True}, 4 * LOGITS + TILE + 4 * HEAD + DX),
@@ -55,6 +59,7 @@ def peaks():
 
 @pytest.mark.parametrize("name", CASES)
 def test_peak_is_what_the_formula_says(peaks, name):
-    formula = CASES[name][1]
+    options, formula = CASES[name]
+    formula += COPIES * TILE * (2 if "dtype" in options else 1)
     assert peaks[name] <= 1.05 * formula
     assert peaks[name] >= 0.75 * formula  # or the formula would say nothing

@@ -80,7 +80,8 @@ def linear_preference_loss(
     are the chosen and the rejected response of pair p. Log-probabilities are summed over the
     non-ignored rows. Arguments not listed are those of `linear_logp`. The gradients of `hidden`,
     `weight` and `bias`, and of nothing else, are computed with the loss; a second backward raises
-    RuntimeError, and there is no second derivative.
+    RuntimeError, and there is no second derivative. A compiled graph checks neither that nor the
+    upstream gradient that `grad_weight_out` asks for.
 
     Args:
         cu_seqlens: [2P+1] int, rising from 0 to N.

@@ -34,10 +34,6 @@ class Options:
     process_group: Any = None
     chunk_rows: int | None = None
 
-    def __post_init__(self) -> None:
-        if self.chunk_rows is not None and self.chunk_rows < 1:
-            raise ValueError(f"chunk_rows must be at least 1 or None, got {self.chunk_rows}")
-
     @property
     def transform(self) -> Transform:
         return Transform(self.softcap, self.logit_scale, self.temperature)

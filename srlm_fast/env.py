@@ -16,9 +16,11 @@ import torch
 import srlm_fast
 import srlm_kernels
 from srlm_kernels import native
+from srlm_kernels.backends import row_backend
 
 REQUIRED = ("torch", "triton", "transformers", "tokenizers", "safetensors", "numpy")
 OPS = ("linear_logp", "linear_preference_loss")
+SAMPLER_OPS = "tree_attention, kv_write, sample"
 # extra of pyproject.toml: (distribution, the module whose import shows that it works)
 OPTIONAL = {
     "flash": ("flash-attn", "flash_attn"),
@@ -50,7 +52,7 @@ def collect() -> dict[str, Any]:
         "versions": versions(),
         "device": _device(),
         "optional": {extra: probe(extra, *names) for extra, names in OPTIONAL.items()},
-        "extensions": {"C++ row kernels": native.why()},
+        "extensions": {"C++ kernels": native.why()},
         "ops": _ops(),
     }
 
@@ -97,7 +99,14 @@ def _device() -> dict[str, str]:
 def _ops() -> dict[str, str]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     hidden = torch.zeros(4, 8, device=device)
-    return {op: srlm_kernels.explain(op, hidden=hidden).removeprefix(f"{op}: ") for op in OPS}
+    found = {op: srlm_kernels.explain(op, hidden=hidden).removeprefix(f"{op}: ") for op in OPS}
+    return found | {SAMPLER_OPS: sampler_backend()}
+
+
+def sampler_backend() -> str:
+    """What the ops of the sampler run in here: triton, cpp or torch."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return row_backend("auto", torch.empty(0, device=device))
 
 
 def main() -> None:

@@ -31,9 +31,10 @@ def test_collect_is_json_and_covers_every_extra_and_op() -> None:
     found = env.collect()
     assert json.loads(json.dumps(found)) == found
     assert found["optional"].keys() == env.OPTIONAL.keys()
-    assert found["ops"].keys() == set(env.OPS)
-    assert all(line.split()[0] in implementations(op) for op, line in found["ops"].items())
-    assert found["extensions"] == {"C++ row kernels": native.why()}
+    assert found["ops"].keys() == {*env.OPS, env.SAMPLER_OPS}
+    assert all(found["ops"][op].split()[0] in implementations(op) for op in env.OPS)
+    assert found["ops"][env.SAMPLER_OPS] in ("triton", "cpp", "torch")
+    assert found["extensions"] == {"C++ kernels": native.why()}
     assert ("gpu 0" in found["device"]) == torch.cuda.is_available()
 
 

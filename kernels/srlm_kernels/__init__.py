@@ -1,21 +1,34 @@
 """Fast ops for preference training on torch alone: no models, no data, no loops.
 
-Ops: `linear_logp`, `linear_preference_loss`. `losses`: what `linear_preference_loss` accepts as
-`loss_fn`. `explain`: which implementation of an op runs here.
+Ops: `linear_logp`, `linear_preference_loss`, `sample`. `losses`: what `linear_preference_loss`
+accepts as `loss_fn`. `explain`: which implementation of an op runs here.
 """
 
 from srlm_kernels import losses
 from srlm_kernels.dispatch import explain
+from srlm_kernels.invariant_linear import invariant_linear
+from srlm_kernels.kv_write import kv_write
 from srlm_kernels.linear_logp import LinearLogp, linear_logp
 from srlm_kernels.linear_preference_loss import PreferenceLoss, linear_preference_loss
 from srlm_kernels.losses import PairLogps
+from srlm_kernels.merge_states import merge_states
+from srlm_kernels.sample import Draw, SampleParams, sample
+from srlm_kernels.tree_attention import TreePlan, tree_attention
 
 __all__ = [
+    "Draw",
     "LinearLogp",
     "PairLogps",
     "PreferenceLoss",
+    "SampleParams",
+    "TreePlan",
     "explain",
+    "invariant_linear",
+    "kv_write",
     "linear_logp",
     "linear_preference_loss",
     "losses",
+    "merge_states",
+    "sample",
+    "tree_attention",
 ]

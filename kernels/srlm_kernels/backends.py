@@ -1,4 +1,4 @@
-"""Which code runs a row kernel on a device: torch everywhere, C++ on the CPU, Triton on CUDA."""
+"""Which code runs a kernel on a device: torch everywhere, C++ on the CPU, Triton on CUDA."""
 
 from __future__ import annotations
 
@@ -11,6 +11,13 @@ import torch
 from torch import Tensor
 
 _SUFFIX = {"torch": "ref", "cpp": "cpp", "triton": "triton"}
+_NATIVE = {
+    "invariant_linear": "native_linear",
+    "kv_write": "native_attention",
+    "tree_attention": "native_attention",
+    "sample": "native_sample",
+}
+_NOT_IN_CPP = {"merge_states"}  # tree_attention_cpp merges by itself
 
 
 def row_backend(impl: str, logits: Tensor) -> str:
@@ -22,18 +29,18 @@ def row_backend(impl: str, logits: Tensor) -> str:
         best = "triton" if logits.is_cuda else "cpp"
         return best if refusal(best, logits) is None else "torch"
     if impl not in _SUFFIX:
-        raise ValueError(f"no row kernels with impl={impl!r}; known: auto, {', '.join(_SUFFIX)}")
+        raise ValueError(f"no kernels with impl={impl!r}; known: auto, {', '.join(_SUFFIX)}")
     if reason := refusal(impl, logits):
         raise ValueError(f"impl={impl!r} cannot run here: {reason}")
     return impl
 
 
 def refusal(name: str, logits: Tensor) -> str | None:
-    """Why the row kernels called `name` cannot take `logits`; None: they can."""
+    """Why the kernels called `name` cannot take `logits`; None: they can."""
     if name == "torch":
         return None
     if logits.dtype == torch.float64:
-        return "float64 logits are for impl='torch'"
+        return "float64 is for impl='torch'"
     if name == "triton":
         from srlm_kernels.triton_support import INTERPRETED, triton
 
@@ -45,15 +52,15 @@ def refusal(name: str, logits: Tensor) -> str | None:
     from srlm_kernels import native
 
     if logits.device.type != "cpu":
-        return f"the C++ row kernels run on the CPU, not on {logits.device.type}"
+        return f"the C++ kernels run on the CPU, not on {logits.device.type}"
     if logits.dtype not in (torch.float32, torch.bfloat16):
-        return f"the C++ row kernels take float32 and bfloat16, not {logits.dtype}"
+        return f"the C++ kernels take float32 and bfloat16, not {logits.dtype}"
     return None if native.available() else native.why()
 
 
 @functools.cache
 def _function(op: str, backend: str) -> Callable[..., Any]:
-    module = {"torch": op, "cpp": "native", "triton": f"{op}_triton"}[backend]
+    module = {"torch": op, "cpp": _NATIVE.get(op, "native"), "triton": f"{op}_triton"}[backend]
     found: Callable[..., Any] = getattr(
         importlib.import_module(f"srlm_kernels.{module}"), f"{op}_{_SUFFIX[backend]}"
     )
@@ -61,5 +68,13 @@ def _function(op: str, backend: str) -> Callable[..., Any]:
 
 
 def row_kernel(op: str, impl: str, logits: Tensor) -> Callable[..., Any]:
-    """The function behind `op` ("row_stats" or "logits_grad") for `impl` and `logits`."""
-    return _function(op, row_backend(impl, logits))
+    """The function behind `op` ("row_stats", "kv_write" and so on) for `impl` and `logits`.
+
+    Raises ValueError when a named implementation cannot run here.
+    """
+    backend = row_backend(impl, logits)
+    if backend == "cpp" and op in _NOT_IN_CPP:
+        if impl == "cpp":
+            raise ValueError(f"{op} has no impl='cpp'")
+        backend = "torch"
+    return _function(op, backend)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from srlm_kernels.logits_grad import narrowed
 
-_OPS = ("row_stats", "logits_grad")
+_OPS = ("row_stats", "logits_grad", "sample", "kv_write", "tree_attention", "invariant_linear")
 
 
 @functools.cache
@@ -21,7 +21,7 @@ def _load() -> tuple[bool, str]:
         return False, "not built: install with SRLM_BUILD_EXT=1 to build it, or to see why it fails"
     try:
         torch.ops.load_library(found[0])  # type: ignore[no-untyped-call]
-        for op in _OPS:  # both write to their first argument and return nothing
+        for op in _OPS:  # they write to arguments and return nothing
             torch.library.register_fake(f"srlm_kernels_c::{op}", lambda *args: None)
     # One built for another torch fails as RuntimeError or AttributeError as often as OSError.
     except Exception as error:
@@ -40,12 +40,14 @@ def why() -> str:
     return _load()[1]
 
 
-def _require() -> None:
+def require() -> None:
+    """Raises RuntimeError unless `available`."""
     if not available():
         raise RuntimeError(f"the C++ row kernels cannot be used: {why()}")
 
 
-def _fp32(bias: Tensor | None) -> Tensor | None:
+def fp32(bias: Tensor | None) -> Tensor | None:
+    """The vector as the C++ kernels take it: fp32, without gaps."""
     return None if bias is None else bias.to(torch.float32).contiguous()
 
 
@@ -71,9 +73,9 @@ def row_stats_cpp(
     Raises:
         RuntimeError: no library (`why` says the reason), or tensors that do not fit together.
     """
-    _require()
+    require()
     torch.ops.srlm_kernels_c.row_stats.default(
-        state, logits, target, ref_logits, _fp32(bias), _fp32(ref_bias), first_column,
+        state, logits, target, ref_logits, fp32(bias), fp32(ref_bias), first_column,
         extrapolation, softcap, logit_scale, temperature,
     )  # fmt: skip
 
@@ -99,14 +101,14 @@ def logits_grad_cpp(
         RuntimeError: no library (`why` says the reason), or tensors that do not fit together.
         TypeError: another `grad_dtype`.
     """
-    _require()
+    require()
     grad_dtype = grad_dtype or logits.dtype
     if grad_dtype not in (logits.dtype, torch.bfloat16):
         raise TypeError(
             f"the C++ row kernels write {logits.dtype} or bfloat16 here, not {grad_dtype}"
         )
     torch.ops.srlm_kernels_c.logits_grad.default(
-        logits, target, lse, upstream, _fp32(bias), first_column, softcap, logit_scale,
+        logits, target, lse, upstream, fp32(bias), first_column, softcap, logit_scale,
         temperature, grad_dtype != logits.dtype,
     )  # fmt: skip
     return narrowed(logits, grad_dtype)

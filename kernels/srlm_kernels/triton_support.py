@@ -37,9 +37,9 @@ INTERPRETED = triton is not None and bool(triton.knobs.runtime.interpret)
 EXACT = {"enable_fp_fusion": False}
 
 
-def jit(kernel: Callable[..., Any]) -> Any:
+def jit(kernel: Callable[..., Any], **options: Any) -> Any:
     """`triton.jit`; without Triton the function itself, which nobody can call."""
-    return kernel if triton is None else triton.jit(kernel)
+    return kernel if triton is None else triton.jit(kernel, **options)
 
 
 def constant(value: Any) -> Any:

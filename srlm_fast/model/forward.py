@@ -31,7 +31,11 @@ class Head:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., V] float32 logits of `hidden` [..., D]; the product runs in the weight's dtype."""
-        logits = F.linear(hidden, self.weight, self.bias).float()
+        return self.finish(F.linear(hidden, self.weight, self.bias))
+
+    def finish(self, products: Tensor) -> Tensor:
+        """[..., V] float32 logits from `products` = hidden @ weight.T + bias."""
+        logits = products.float()
         if self.logit_scale != 1.0:
             logits = logits * self.logit_scale
         if self.softcap is not None:

@@ -201,6 +201,7 @@ class Engine:
             return self.use(self.folder(name))
 
         def train_and_save() -> dict[str, Any]:
+            self.sampler.sleep()  # training wants the memory, and outdates what is cached
             summary = train()
             save_model(self.model, self.tokenizer, self.folder(name))
             return summary

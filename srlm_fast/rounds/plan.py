@@ -10,7 +10,7 @@ from safetensors import safe_open
 
 from srlm_fast.config import Config
 from srlm_fast.data.task import Task
-from srlm_fast.env import OPS
+from srlm_fast.env import OPS, SAMPLER_OPS, sampler_backend
 from srlm_fast.model.load import resolve_device
 from srlm_kernels import explain
 
@@ -23,7 +23,7 @@ def plan(config: Config, task: Task, folder: Path | None) -> str:
     lines += [f"  {line}" for line in _memory(config, folder)]
     lines += ["", "backends"]
     lines += [f"  {explain(op)}" for op in OPS]
-    lines += ["  sampler: batched decoder with preallocated KV; every prompt is computed once"]
+    lines += [f"  sampler: pages of KV memory; {SAMPLER_OPS} in {sampler_backend()}"]
     return "\n".join(lines)
 
 

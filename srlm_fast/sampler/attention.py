@@ -1,79 +1,97 @@
-"""Attention of one new token a row over its slab, for decoding on the CPU.
+"""Attention over pages for the model's own modules: one function, registered with transformers.
 
-torch's SDPA takes a tiny product for each row and head, and its strided inputs cost `matmul` a
-copy; two batched products on the slab itself run at memory speed (3 to 4 times faster at 800 rows).
-Installed for the decoding steps only, as a registered attention function, and removed after them.
+While a phase runs, the configuration names this function as the attention implementation; every
+attention layer then hands over its queries, keys and values, positions already applied. For a name
+without a mask function transformers makes no mask: what a token sees is the plan's business.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-_NAME = "srlm_slab"
+from srlm_fast.sampler.pool import KVMemory
+from srlm_kernels import kv_write, tree_attention
+from srlm_kernels.tree_attention import TreePlan
+
+_NAME = "srlm_paged"
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What one forward pass writes and reads: `slot` [T] int64 of each token (negative: not
+    written), then the pages of `plan` up to `position` [T] int32. `impl`: of the ops."""
+
+    memory: KVMemory
+    plan: TreePlan
+    position: Tensor
+    slot: Tensor
+    impl: str
+
+
+# A module-level value, not a keyword of the model's forward: some families do not pass those on.
+_current: Pass | None = None
 
 
 @contextmanager
-def decode_attention(config: Any, device: torch.device) -> Iterator[None]:
-    """Decoding steps inside use `slab_attention` where it is the faster one."""
+def attending(current: Pass) -> Iterator[None]:
+    """The forward pass inside runs under `current`."""
+    global _current
+    _current = current
+    try:
+        yield
+    finally:
+        _current = None
+
+
+@contextmanager
+def attention_named(config: Any, name: str = _NAME) -> Iterator[None]:
+    """Attention layers inside call the function registered as `name`, ours unless said; the
+    configuration is restored in any case."""
     previous = config._attn_implementation
-    if device.type == "cpu" and previous in ("sdpa", "eager"):
-        config._attn_implementation = _NAME
+    config._attn_implementation = name
     try:
         yield
     finally:
         config._attn_implementation = previous
 
 
-def slab_attention(
+def _paged_attention(
     module: Any,
     query: Tensor,
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
     scaling: float | None = None,
+    sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """[R, 1, H, Dv] from query [R, H, 1, D], key [R, Hkv, L, D] and value [R, Hkv, L, Dv].
-
-    Keys and values are views of slabs. `attention_mask` [R, 1 or H, 1, L] is True on the keys to
-    attend to; None: all. Scores and softmax are float32.
-    """
-    rows, heads, _one, dim = query.shape
-    kv_heads, length = key.shape[1:3]
-    packed = query.reshape(rows * kv_heads, heads // kv_heads, dim)
-    scores = torch.bmm(packed, _flat(key).transpose(1, 2)).float()
-    scores = scores.view(rows, heads, length).mul_(dim**-0.5 if scaling is None else scaling)
-    if softcap is not None:
-        scores = scores.div_(softcap).tanh_().mul_(softcap)
-    if attention_mask is not None:
-        scores += torch.zeros_like(attention_mask, dtype=scores.dtype).masked_fill_(
-            ~attention_mask, -torch.inf
-        )[:, :, 0]
-    if s_aux is not None:  # a sink: one more logit of each head, with no value behind it
-        scores = torch.cat([scores, s_aux.to(scores).view(1, heads, 1).expand(rows, -1, -1)], -1)
-    weights = scores.softmax(-1)[..., :length].to(value.dtype)
-    mixed = torch.bmm(weights.reshape(rows * kv_heads, heads // kv_heads, length), _flat(value))
-    return mixed.view(rows, 1, heads, value.shape[-1]), None
+    """[1, T, H, Dv] from query [1, H, T, Dk], key [1, Hkv, T, Dk] and value [1, Hkv, T, Dv]."""
+    if _current is None:
+        raise RuntimeError("the model's attention is set to the sampler's, but no sampler runs")
+    query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
+    keys, values = (x[module.layer_idx] for x in (_current.memory.keys, _current.memory.values))
+    kv_write(key, value, keys, values, _current.slot, impl=_current.impl)
+    mixed = tree_attention(
+        query,
+        keys,
+        values,
+        _current.plan,
+        _current.position,
+        scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        window=sliding_window or None,
+        softcap=softcap,
+        sinks=s_aux,
+        impl=_current.impl,
+    )
+    return mixed[None], None
 
 
-def _flat(slab: Tensor) -> Tensor:
-    """[R, Hkv, L, D] as [R * Hkv, L, D], without a copy when it is the front of a slab."""
-    rows, heads, length, dim = slab.shape
-    if slab.stride(0) == heads * slab.stride(1):
-        return slab.as_strided(
-            (rows * heads, length, dim), slab.stride()[1:], slab.storage_offset()
-        )
-    return slab.reshape(rows * heads, length, dim)
-
-
-ALL_ATTENTION_FUNCTIONS.register(_NAME, slab_attention)
-ALL_MASK_ATTENTION_FUNCTIONS.register(_NAME, sdpa_mask)
+ALL_ATTENTION_FUNCTIONS.register(_NAME, _paged_attention)

@@ -2,44 +2,52 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable, Sequence
 from functools import cached_property
+from logging import getLogger
 from typing import Any, cast
 
+import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from srlm_fast.data.records import Message
 from srlm_fast.data.template import ChatTemplate
 from srlm_fast.errors import UserError
-from srlm_fast.model.forward import lm_head
-from srlm_fast.model.load import context_length, eos_token_ids
-from srlm_fast.sampler import scoring
-from srlm_fast.sampler.batching import default_batch_tokens, max_rows, plan
-from srlm_fast.sampler.decode import BatchDecoder, Row
-from srlm_fast.sampler.params import Completion, Output, SamplingParams
-from srlm_fast.sampler.phase import inference
-from srlm_fast.sampler.sampling import row_seed
-from srlm_fast.sampler.selftest import check_model
+from srlm_fast.model.load import context_length, eos_token_ids, text_config
+from srlm_fast.sampler import selftest
+from srlm_fast.sampler.batching import pages_of
+from srlm_fast.sampler.decode import Rules
+from srlm_fast.sampler.fallback import FallbackEngine
+from srlm_fast.sampler.paged import PagedEngine
+from srlm_fast.sampler.params import Output, SamplingParams
+from srlm_fast.sampler.probe import probe
+from srlm_fast.sampler.progress import Meter, bar_of
+from srlm_fast.sampler.rows import Row, completion, most_pages, row_seed
 from srlm_fast.sampler.stops import Stops
+from srlm_kernels.tree_attention import PAGE
 
 # Token ids, a text, or messages (role, content) that the tokenizer's chat template renders.
 AnyPrompt = Sequence[int] | str | Sequence[tuple[str, str]]
+_LOG = getLogger("srlm_fast.sampler")
+_IMPLS = ("auto", "paged", "reference", "fallback")
 
 
 class Sampler:
-    """Samples from and scores with any HF causal LM whose attention keeps keys and values.
+    """Samples from and scores with any HF causal LM.
 
     The model is borrowed, not copied: weights changed in place count from the next call on, and
     train/eval modes are as before after every call. A row's tokens depend on (seed, prompt ids,
-    candidate index) only, whatever else is in the call; equal prompts are computed once and get
-    equal candidates.
+    candidate index) only, whatever else is in the call, up to the rounding of the model's own
+    matrix products; equal prompts are computed once and get equal candidates.
 
-    `eos_ids` adds to the EOS ids of the model and the tokenizer. `batch_tokens` bounds the tokens
-    whose keys and values are held at once (0: by the memory at hand). `impl`: "slab" decodes with
-    our own attention where that is faster, "reference" with the model's; "auto" is "slab", and
-    `backend` says which. Raises UserError for a model that cannot be decoded this way.
+    `impl`: "paged" computes and reads every shared prefix once, "reference" is the same in plain
+    torch, "fallback" decodes prompt by prompt with the model's own cache. "auto" is "paged" if the
+    model passes a self-test and else, with a warning, "fallback"; `backend` says which, and with
+    which ops. `eos_ids` adds to the EOS ids of the model and the tokenizer. `batch_tokens` bounds
+    the tokens whose keys and values are held at once (0: by the memory at hand).
+
+    Raises UserError for impl "paged" or "reference" where the model fails the self-test, and for
+    weights that are not finite.
     """
 
     def __init__(
@@ -51,34 +59,49 @@ class Sampler:
         eos_ids: Iterable[int] = (),
         batch_tokens: int = 0,
     ) -> None:
-        if impl not in ("auto", "slab", "reference"):
-            raise ValueError(f"impl must be auto, slab or reference, not {impl!r}")
-        check_model(model)
+        if impl not in _IMPLS:
+            raise ValueError(f"impl must be one of {', '.join(_IMPLS)}, not {impl!r}")
         self.model = model
         self.tokenizer = tokenizer
-        self.backend = "slab" if impl == "auto" else impl
         self.eos_ids = tuple(sorted({*eos_token_ids(model, tokenizer), *eos_ids}))
         self.context = context_length(model)
-        self.batch_tokens = batch_tokens or default_batch_tokens(model)
+        self._engine = _engine(model, impl, pages_of(batch_tokens))
+        self.backend = self._engine.name
 
     def generate(
         self,
         prompts: Sequence[AnyPrompt],
-        params: SamplingParams | None = None,
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
         progress: str = "",
     ) -> list[Output]:
         """n candidates of each prompt, in order; a bar named `progress` unless that is empty.
 
+        `params` may be a list, one for each prompt. Rows of different parameters run together,
+        unless their stop tokens or logit biases differ.
+
         Raises UserError, before any work, for an empty prompt, one that does not fit the context
-        together with max_tokens, or ids outside the vocabulary.
+        or the KV memory together with max_tokens, or ids outside the vocabulary.
         """
-        params = params or SamplingParams()
-        stops = Stops(params, self.eos_ids, self.tokenizer)
         ids = [self._encode(prompt) for prompt in prompts]
-        self._check(ids, params)
-        unique = list(dict.fromkeys(map(tuple, ids)))
-        made = self._decode(unique, params, stops, progress)
-        return [Output(prompt, list(made[tuple(prompt)])) for prompt in ids]
+        each = _one_for_each(params, len(ids))
+        for row, (prompt, p) in enumerate(zip(ids, each, strict=True)):
+            self._check_row(row, prompt, p.max_tokens)
+        for p in dict.fromkeys(each):
+            self._check_ids(list(p.logit_bias or ()), "logit_bias")
+            self._check_ids(p.stop_token_ids, "stop_token_ids")
+        asked = {
+            (tuple(prompt), p): self._rows(tuple(prompt), p)
+            for prompt, p in zip(ids, each, strict=True)
+        }
+        rows = [row for group in asked.values() for row in group]
+        with bar_of(progress, len(rows), "seq") as bar:
+            for batch in _by_rules(rows):
+                self._run(batch, Meter(bar))
+        made = {key: [completion(row) for row in group] for key, group in asked.items()}
+        return [
+            Output(prompt, list(made[tuple(prompt), p]))
+            for prompt, p in zip(ids, each, strict=True)
+        ]
 
     def score(
         self,
@@ -94,57 +117,44 @@ class Sampler:
             raise ValueError(f"{len(prompts)} prompts, but {len(completions)} lists of completions")
         for row, (prompt, group) in enumerate(zip(prompts, completions, strict=True)):
             self._check_row(row, prompt, max(map(len, group), default=0))
-            for completion in group:
-                self._check_ids(completion, f"a completion of prompt {row}")
-        with inference(self.model):
-            return scoring.score(self.model, prompts, completions, progress)
+            for ids in group:
+                self._check_ids(ids, f"a completion of prompt {row}")
+        total = sum(len(ids) for group in completions for ids in group)
+        with bar_of(progress, total, "tok") as bar:
+            return self._engine.score(prompts, completions, bar)
 
     def next_logprobs(self, prompts: Sequence[Sequence[int]], token_ids: Sequence[int]) -> Tensor:
         """[P, K] float32 CPU: raw log-probability of each of `token_ids` to follow each prompt."""
         for row, prompt in enumerate(prompts):
             self._check_row(row, prompt, 0)
         self._check_ids(token_ids, "token_ids")
-        with inference(self.model):
-            return scoring.next_logprobs(self.model, prompts, token_ids)
+        if not prompts:
+            return torch.empty(0, len(token_ids))
+        unique = list(dict.fromkeys(map(tuple, prompts)))
+        logps = self._engine.next_logprobs(unique, token_ids)
+        place = {prompt: i for i, prompt in enumerate(unique)}
+        return logps[[place[tuple(prompt)] for prompt in prompts]]
 
-    def _decode(
-        self,
-        prompts: Sequence[tuple[int, ...]],
-        params: SamplingParams,
-        stops: Stops,
-        progress: str,
-    ) -> dict[tuple[int, ...], list[Completion]]:
-        """The candidates of each of these different prompts."""
-        n, made = params.n, {}
-        batches = plan(
-            [len(p) for p in prompts],
-            rows=n,
-            extra=params.max_tokens,
-            tokens=self.batch_tokens,
-            most=max_rows(self._vocab),
-        )
-        bar = tqdm(
-            total=len(prompts) * n, desc=progress, unit="seq", disable=None if progress else True
-        )
-        with bar, inference(self.model):
-            decoder = BatchDecoder(
-                self.model,
-                lm_head(self.model),
-                params,
-                stops,
-                _Meter(bar),
-                slab_attention=self.backend == "slab",
-            )
-            for batch in batches:
-                part = [prompts[i] for i in batch]
-                seeds = [row_seed(params.seed, p, i) for p in part for i in range(n)]
-                rows = decoder.decode(part, seeds)
-                done = [
-                    _completion(k % n, row, seed, stops)
-                    for k, (row, seed) in enumerate(zip(rows, seeds, strict=True))
-                ]
-                made.update({p: done[k * n : (k + 1) * n] for k, p in enumerate(part)})
-        return made
+    def sleep(self) -> None:
+        """Frees the KV memory, and with it what is kept of earlier prompts."""
+        self._engine.sleep()
+
+    def _rows(self, prompt: tuple[int, ...], params: SamplingParams) -> list[Row]:
+        stops = Stops(params, self.eos_ids, self.tokenizer)
+        return [
+            Row(prompt, index, row_seed(params.seed, prompt, index), params, stops)
+            for index in range(params.n)
+        ]
+
+    def _run(self, rows: list[Row], meter: Meter) -> None:
+        """Draws `rows`, which share their stop tokens and bias, to their ends."""
+        bias, wanted = None, rows[0].params.logit_bias
+        if wanted:
+            bias = torch.zeros(self._vocab)
+            bias[list(wanted)] = torch.tensor(list(wanted.values()))
+            bias = bias.to(self._engine.device)
+        flags = rows[0].stops.flags(self._vocab, self._engine.device)
+        self._engine.generate(rows, Rules(flags, bias), meter)
 
     def _encode(self, prompt: AnyPrompt) -> list[int]:
         if not isinstance(prompt, str) and (not prompt or isinstance(prompt[0], int)):
@@ -158,12 +168,6 @@ class Sampler:
         messages = cast(Sequence[tuple[str, str]], prompt)
         return self._template.encode_prompt(tuple(Message(*message) for message in messages))
 
-    def _check(self, prompts: Sequence[Sequence[int]], params: SamplingParams) -> None:
-        for row, prompt in enumerate(prompts):
-            self._check_row(row, prompt, params.max_tokens)
-        self._check_ids(list(params.logit_bias or ()), "logit_bias")
-        self._check_ids(params.stop_token_ids, "stop_token_ids")
-
     def _check_row(self, row: int, prompt: Sequence[int], extra: int) -> None:
         if len(prompt) == 0:
             raise UserError(f"prompt {row} is empty; give at least one token (BOS, for instance)")
@@ -173,6 +177,12 @@ class Sampler:
                 f" the model's context of {self.context}; shorten it or lower max_tokens"
             )
         self._check_ids(prompt, f"prompt {row}")
+        pages, most = most_pages(len(prompt), extra - 1), self._engine.max_pages
+        if pages > most:
+            raise UserError(
+                f"prompt {row} with {extra} response tokens needs {pages * PAGE} tokens of KV"
+                f" memory, and there are {most * PAGE}; raise batch_tokens, or lower max_tokens"
+            )
 
     def _check_ids(self, ids: Sequence[int], where: str) -> None:
         if ids and (min(ids) < 0 or max(ids) >= self._vocab):
@@ -188,36 +198,42 @@ class Sampler:
 
     @property
     def _vocab(self) -> int:
-        return len(self.model.get_output_embeddings().weight)
+        return self._engine.vocab
 
 
-class _Meter:
-    """Moves a bar of rows and shows tokens a second."""
+def _engine(model: Any, impl: str, max_pages: int) -> PagedEngine | FallbackEngine:
+    if impl == "fallback":
+        return FallbackEngine(model)
+    ops = "torch" if impl == "reference" else "auto"
+    layers = probe(model)
+    why = layers if isinstance(layers, str) else selftest.check(model, layers, ops)
+    if not why and not isinstance(layers, str):
+        return PagedEngine(model, layers, impl=ops, max_pages=max_pages)
+    family = text_config(model).model_type
+    if impl != "auto":
+        raise UserError(f"{family!r} models cannot be sampled with impl={impl!r}: {why}")
+    _LOG.warning(
+        "%r models cannot run on paged memory: %s; falling back to one prompt at a time, slower",
+        family, why,
+    )  # fmt: skip
+    return FallbackEngine(model)
 
-    def __init__(self, bar: Any) -> None:
-        self._bar = bar
-        self._tokens = 0
-        self._start = time.perf_counter()
 
-    def __call__(self, rows: int, tokens: int) -> None:
-        self._tokens += tokens
-        rate = self._tokens / (time.perf_counter() - self._start)
-        self._bar.set_postfix_str(f"{rate:.0f} tok/s", refresh=False)
-        self._bar.update(rows)
+def _one_for_each(
+    params: SamplingParams | Sequence[SamplingParams] | None, count: int
+) -> list[SamplingParams]:
+    if params is None or isinstance(params, SamplingParams):
+        return [params or SamplingParams()] * count
+    if len(params) != count:
+        raise ValueError(f"{count} prompts, but {len(params)} SamplingParams")
+    return list(params)
 
 
-def _completion(index: int, row: Row, seed: int, stops: Stops) -> Completion:
-    end = stops.ending(row.token_ids)
-    logprobs, sample_logprobs, kept_mass = map(list, zip(*row.numbers[: end.length], strict=True))
-    return Completion(
-        index=index,
-        token_ids=row.token_ids[: end.length],
-        text=end.text,
-        finish_reason=end.finish_reason,
-        stop_reason=end.stop_reason,
-        cumulative_logprob=sum(logprobs),
-        logprobs=logprobs,
-        sample_logprobs=sample_logprobs,
-        kept_mass=kept_mass,
-        seed=seed,
-    )
+def _by_rules(rows: Iterable[Row]) -> list[list[Row]]:
+    """Rows that may run together: the tokens that stop them and the bias on logits are one vector
+    for all."""
+    batches: dict[Any, list[Row]] = {}
+    for row in rows:
+        bias = frozenset((row.params.logit_bias or {}).items())
+        batches.setdefault((row.stops.ids, bias), []).append(row)
+    return list(batches.values())

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How to sample. One value serves a whole call; every row draws from its own random stream.
+    """How to sample; every row draws from its own random stream.
 
     Processing order: logit_bias, repetition_penalty, min_tokens, temperature, top_k, top_p, min_p.
     Raises ValueError on impossible values.
@@ -27,7 +27,7 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
-    logit_bias: Mapping[int, float] | None = None
+    logit_bias: Mapping[int, float] | None = field(default=None, hash=False)
 
     def __post_init__(self) -> None:
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)

@@ -51,15 +51,16 @@ class Stops:
         )
         return text
 
-    def tail(self, fresh: int) -> int:
-        """How many last tokens to show to `in_tail` when `fresh` of them are new: a token gives at
-        least a byte, so a stop string spans no more tokens than it has bytes."""
-        return fresh + max(len(string.encode()) for string in self.strings)
-
-    def in_tail(self, ids: Sequence[int]) -> bool:
-        """Whether a stop string shows in these last tokens of a row."""
-        text = self.decode(ids)
-        return any(string in text for string in self.strings)
+    def found(self, ids: Sequence[int], fresh: int) -> bool:
+        """Whether a stop string is complete in `ids`, of which the last `fresh` are new."""
+        if not self.strings or len(ids) < self._min_tokens:
+            return False
+        # A quick look at the end first. A token gives at least a byte, so a stop string spans no
+        # more tokens than it has bytes; what shows may still lie inside the first min_tokens.
+        width = fresh + max(len(string.encode()) for string in self.strings)
+        text = self.decode(ids[-width:])
+        shown = any(string in text for string in self.strings)
+        return shown and self._first_string(ids) is not None
 
     def ending(self, ids: Sequence[int]) -> Ending:
         """The end of a row of `ids`, which may run past a stop string."""

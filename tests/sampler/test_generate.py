@@ -91,8 +91,7 @@ def test_equal_prompts_are_computed_once(make_model: Callable[..., Any], prompts
     )
     params = SamplingParams(n=3, max_tokens=1)
     repeated = sampler.generate([prompts[0], prompts[2], prompts[0]], params)
-    width = max(len(prompts[0]), len(prompts[2]))
-    assert fed == [2 * width]
+    assert fed == [len(prompts[0]) + len(prompts[2])]
     assert tokens(repeated)[0] == tokens(repeated)[2]
 
 
@@ -143,7 +142,7 @@ def test_repetition_penalty_equals_transformers_generate(model: Any, prompts: Pr
         assert output.outputs[0].token_ids == theirs[0, len(prompt) :].tolist()
 
 
-def test_slabs_grow_past_their_first_capacity(model: Any) -> None:
+def test_rows_grow_past_a_page(model: Any) -> None:
     params = SamplingParams(temperature=0.0, max_tokens=100, min_tokens=100)
     ours = Sampler(model).generate([[5, 6, 7]], params)[0].outputs[0].token_ids
     theirs = model.generate(
@@ -254,11 +253,25 @@ def test_texts_are_tokenised_and_decoded(make_model: Callable[..., Any], tokeniz
 
 
 @pytest.mark.parametrize("family", ["bloom", "mamba"])
-def test_families_that_cannot_be_decoded_are_refused(
-    family: str, make_model: Callable[..., Any]
+def test_families_without_pages_fall_back_and_say_so_once(
+    family: str,
+    make_model: Callable[..., Any],
+    prompts: Prompts,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    with pytest.raises(UserError, match=family):
-        Sampler(make_model(family))
+    model = make_model(family)
+    sampler = Sampler(model)
+    assert sampler.backend == "fallback"
+    (record,) = [r for r in caplog.records if r.name == "srlm_fast.sampler"]
+    assert family in record.getMessage() and "falling back" in record.getMessage()
+    with pytest.raises(UserError, match=f"{family}.*impl='paged'"):
+        Sampler(model, impl="paged")
+    outputs = sampler.generate(prompts[:3], SamplingParams(n=2, temperature=0.0, max_tokens=6))
+    for prompt, output in zip(prompts[:3], outputs, strict=True):
+        ids = torch.tensor([prompt])
+        theirs = model.generate(ids, do_sample=False, max_new_tokens=6, pad_token_id=VOCAB_END)
+        expected = theirs[0, len(prompt) :].tolist()
+        assert [c.token_ids for c in output.outputs] == [expected, expected]
 
 
 def test_diverged_weights_are_named(make_model: Callable[..., Any]) -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from srlm_fast.errors import UserError
-from srlm_fast.sampler import Sampler, SamplingParams, scoring
+from srlm_fast.sampler import Sampler, SamplingParams, prefill, scoring
 
 
 @pytest.fixture
@@ -48,7 +48,8 @@ def test_scores_equal_a_plain_forward(
     completions: list[list[list[int]]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(scoring, "_FORWARD_TOKENS", 40)  # several batches
+    for module in (scoring, prefill):
+        monkeypatch.setattr(module, "PASS_TOKENS", 40)  # several batches and passes
     monkeypatch.setattr(scoring, "max_rows", lambda _vocab: 5)  # several calls of the head
     model = make_model(family, **options)
     scores = Sampler(model).score(prompts, completions)

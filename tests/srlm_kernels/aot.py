@@ -6,7 +6,7 @@ The launchers run as they are, on CPU tensors, with a driver that knows an archi
 else: so each kernel is compiled for the very arguments, options and alignments of a real launch,
 and then not launched. Not under TRITON_INTERPRET. Exit status 1: something does not compile, stores
 more registers to memory than allowed, needs more shared memory than the chip has, lost its tensor
-cores, or may write logits before they were read.
+cores, reads pages in small pieces, or may write logits before they were read.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -30,9 +32,13 @@ from triton.runtime.jit import JITFunction
 
 from srlm_kernels import linear_logp_tiled, losses
 from srlm_kernels import row_stats as rs
+from srlm_kernels.kv_write_triton import kv_write_triton
 from srlm_kernels.logits_grad_triton import logits_grad_triton
+from srlm_kernels.merge_states_triton import merge_states_triton
 from srlm_kernels.pair_grad_triton import pair_grad_triton
 from srlm_kernels.row_stats_triton import row_stats_triton
+from srlm_kernels.tree_attention import TreePlan
+from srlm_kernels.tree_attention_triton import partial_states
 
 SHARED_MEMORY = {80: 166912, 90: 232448, 100: 232448}  # bytes that one program may have
 TENSOR_CORES = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
@@ -145,6 +151,45 @@ def linear_logp_cases() -> Iterator[tuple[str, Launch]]:
                 )
 
 
+def tree_attention_cases() -> Iterator[tuple[str, Launch]]:
+    int32 = partial(torch.zeros, dtype=torch.int32)
+    for dtype, widths in (
+        (torch.bfloat16, [(64, 64), (128, 128), (256, 256), (192, 128), (80, 80)]),
+        (torch.float32, [(64, 64), (128, 128), (256, 256)]),
+    ):
+        for (key, value), rows in product(widths, (16, 128)):
+            query = torch.zeros(128, 8, key, dtype=dtype)
+            pages = [torch.zeros(4, 8, 64, width, dtype=dtype) for width in (key, value)]
+            launches = ((rows, 0, 2),)
+            plan = TreePlan(int32(2, 4), int32(2, 4), int32(128), int32(129), int32(128), launches)
+            for window, softcap in ((None, None), (100, None), (100, 30.0)):
+                what = f"{' window' * (window is not None)}{' capped' * (softcap is not None)}"
+                yield (
+                    f"tree_attention {dtype} {key} {value} {rows} rows{what}",
+                    partial(
+                        partial_states, query, *pages, plan, int32(128), scale=0.1, window=window,
+                        softcap=softcap,
+                    ),
+                )  # fmt: skip
+
+
+def page_cases() -> Iterator[tuple[str, Launch]]:
+    csr, slot = torch.zeros(17, dtype=torch.int32), torch.zeros(16, dtype=torch.int64)
+    for heads, width in ((32, 128), (14, 64)):
+        o, lse = torch.zeros(16, heads, width), torch.zeros(16, heads)
+        for sinks in (None, lse[0]):
+            yield (
+                f"merge_states {heads} {width}{' sinks' * (sinks is not None)}",
+                partial(merge_states_triton, o, lse, csr, csr, sinks=sinks, dtype=torch.bfloat16),
+            )
+        key = torch.zeros(16, heads, width, dtype=torch.bfloat16)
+        pages = torch.zeros(4, heads, 64, width, dtype=torch.bfloat16)
+        yield (
+            f"kv_write {heads} {width}",
+            partial(kv_write_triton, key, key, pages, pages, slot),
+        )
+
+
 def operations_of(kernel: Any) -> tuple[int, list[str]]:
     """Registers per thread, and the machine instructions in order."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -180,6 +225,11 @@ def problems(
             yield f"no {TENSOR_CORES[arch]}"
         if arch >= 90 and not number_of(DESCRIPTOR_LOAD, operations):
             yield f"no {DESCRIPTOR_LOAD}"
+    if "tree_attention bfloat16" in name:
+        if not number_of(TENSOR_CORES[arch], operations):
+            yield f"no {TENSOR_CORES[arch]}"
+        if narrow := {o for o in operations if re.fullmatch(r"LDGSTS.*(?<!\.128)", o)}:
+            yield f"pages are not read 16 bytes at a time but by {narrow}"
     if "logits_grad" in name and "capped" not in name:  # the other loads the bias later
         order = "".join(o[0] for o in operations if o.startswith(("LDG", "BAR", "STG")))
         if not re.fullmatch("L+B+S+", order):
@@ -196,7 +246,10 @@ def main(arguments: list[str] | None = None) -> int:
     assert triton.__version__ == options.triton, f"this is Triton {triton.__version__}"
     # Everything is on the CPU here, which the launcher would refuse.
     linear_logp_tiled.takes = lambda hidden, weight: None
-    cases = [*row_stats_cases(), *logits_grad_cases(), *pair_grad_cases(), *linear_logp_cases()]
+    cases = [
+        *row_stats_cases(), *logits_grad_cases(), *pair_grad_cases(), *linear_logp_cases(),
+        *tree_attention_cases(), *page_cases(),
+    ]  # fmt: skip
     print(f"triton {triton.__version__}, {len(cases)} kernels")
     failures = 0
     for arch in options.arch:

@@ -27,10 +27,10 @@ def test_auto_takes_torch_for_dtypes_that_cpp_has_not(dtype):
         (
             "cuda",
             torch.float32,
-            r"no row kernels with impl='cuda'; known: auto, torch, cpp, triton",
+            r"no kernels with impl='cuda'; known: auto, torch, cpp, triton",
         ),
         ("cpp", torch.float16, r"take float32 and bfloat16, not torch.float16"),
-        ("cpp", torch.float64, r"float64 logits are for impl='torch'"),
+        ("cpp", torch.float64, r"float64 is for impl='torch'"),
         ("triton", torch.float32, r"triton is not installed|run on CUDA, not on cpu"),
     ],
 )

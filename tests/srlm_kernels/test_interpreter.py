@@ -16,6 +16,9 @@ FILES = (
     "test_logits_grad_triton.py",
     "test_pair_grad_triton.py",
     "test_linear_logp_tiled.py",
+    "test_tree_attention_triton.py",
+    "test_merge_states_triton.py",
+    "test_kv_write_triton.py",
 )
 
 

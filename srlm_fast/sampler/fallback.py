@@ -1,0 +1,115 @@
+"""For models that cannot run on pages: one prompt at a time, with the model's own cache.
+
+The prompt is computed once and its cache repeated for the candidates where the cache can do that;
+else the candidates compute it together, and without a cache everything again for every token. Rows
+stay until the last one of their prompt has ended.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from srlm_fast.model.forward import decoder, hidden_states, lm_head
+from srlm_fast.sampler.batching import max_rows
+from srlm_fast.sampler.decode import STEPS, Rules, draw_step, harvest, start_state
+from srlm_fast.sampler.phase import inference
+from srlm_fast.sampler.rows import Row
+from srlm_fast.sampler.scoring import Groups, Scores
+from srlm_kernels import linear_logp
+
+
+class FallbackEngine:
+    """Decodes and scores like `PagedEngine`, with nothing shared between prompts."""
+
+    name = "fallback"
+    max_pages = 1 << 40  # no pages: memory is the cache's own business
+
+    def __init__(self, model: Any) -> None:
+        self.model, self.head = model, lm_head(model)
+        self.device: torch.device = self.head.weight.device
+        self.vocab = len(self.head.weight)
+
+    def generate(
+        self, rows: Sequence[Row], rules: Rules, on_end: Callable[[list[Row]], None]
+    ) -> None:
+        """Draws every row to its end; `on_end` is shown the rows as they end."""
+        with inference(self.model):
+            for _, group in groupby(rows, key=lambda row: row.prompt):
+                same, most = list(group), max_rows(self.vocab)
+                for start in range(0, len(same), most):
+                    self._decode(same[start : start + most], rules)
+                    on_end(same[start : start + most])
+
+    def score(self, prompts: Sequence[Sequence[int]], completions: Groups, bar: Any) -> Scores:
+        """See `Sampler.score`."""
+        with inference(self.model):
+            return [
+                [self._score(prompt, ids, bar) if ids else torch.empty(0) for ids in group]
+                for prompt, group in zip(prompts, completions, strict=True)
+            ]
+
+    def next_logprobs(self, prompts: Sequence[Sequence[int]], token_ids: Sequence[int]) -> Tensor:
+        """See `Sampler.next_logprobs`."""
+        with inference(self.model):
+            logits = [self.head.logits(self._states(prompt)[-1]).float() for prompt in prompts]
+        return torch.stack([row.log_softmax(-1)[list(token_ids)].cpu() for row in logits])
+
+    def sleep(self) -> None:
+        """Nothing is kept between calls."""
+
+    def _states(self, ids: Sequence[int]) -> Tensor:
+        return hidden_states(self.model, torch.tensor([list(ids)], device=self.device))[0]
+
+    def _score(self, prompt: Sequence[int], ids: Sequence[int], bar: Any) -> Tensor:
+        states = self._states([*prompt, *ids[:-1]])[len(prompt) - 1 :]
+        target, head = torch.tensor(list(ids), device=self.device), self.head
+        bar.update(len(ids))
+        return linear_logp(
+            states, head.weight, target,
+            bias=head.bias, softcap=head.softcap, logit_scale=head.logit_scale,
+        ).logp.float().cpu()  # fmt: skip
+
+    def _decode(self, rows: list[Row], rules: Rules) -> None:
+        ids = torch.tensor([list(rows[0].prompt)] * len(rows), device=self.device)
+        cache, hidden = self._prefill(ids)
+        while not all(row.ended for row in rows):
+            # Rows that have ended stay in the batch, since the cache cannot let them go.
+            state = start_state(rows, STEPS, self.vocab, self.device)
+            for _ in range(STEPS):
+                draw_step(state, self.head.logits(hidden), rules)
+                if not bool(state.alive.any()):
+                    break
+                ids = torch.cat([ids, state.token[:, None]], 1)
+                hidden = self._next(ids, cache)
+            harvest(rows, state)
+
+    def _prefill(self, ids: Tensor) -> tuple[Any, Tensor]:
+        """A cache of the equal rows `ids` [R, S], None if the model has none of the usual kind, and
+        their last hidden states [R, D]."""
+        rows, run = len(ids), decoder(self.model)
+        output = run(input_ids=ids[:1], use_cache=True)
+        cache = getattr(output, "past_key_values", None)
+        if cache is not None and rows > 1:
+            try:
+                cache = copy.deepcopy(cache)
+                cache.batch_repeat_interleave(rows)
+            except (AttributeError, NotImplementedError, TypeError, RuntimeError):
+                output = run(input_ids=ids, use_cache=True)
+                return output.past_key_values, output.last_hidden_state[:, -1]
+        return cache, output.last_hidden_state[:, -1].expand(rows, -1)
+
+    def _next(self, ids: Tensor, cache: Any) -> Tensor:
+        """Hidden states [R, D] of the last tokens of `ids`; without a cache, from all of them."""
+        run = decoder(self.model)
+        if cache is None:
+            output = run(input_ids=ids)
+        else:
+            output = run(input_ids=ids[:, -1:], past_key_values=cache, use_cache=True)
+        states: Tensor = output.last_hidden_state
+        return states[:, -1]

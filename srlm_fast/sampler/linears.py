@@ -1,0 +1,61 @@
+"""The model's linear layers by our own product while a phase runs on the CPU.
+
+It is faster than a BLAS at the few rows of a decoding step, and a row's result does not depend on
+its batch. The layers keep their weights; only their `forward` is another meanwhile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from srlm_fast.model.forward import Head
+from srlm_kernels import invariant_linear
+
+# Beyond this many rows oneDNN's bf16 products are faster than ours, and bf16 rounds far more than
+# a batch changes. In float32 ours are the faster ones at any number of rows.
+_MOST_BF16_ROWS = 128
+
+
+@contextmanager
+def invariant_linears(model: Any, device: torch.device) -> Iterator[None]:
+    """Every plain `nn.Linear` of `model` computes by `invariant_linear` inside, if it can."""
+    layers = [
+        layer
+        for layer in model.modules()
+        if type(layer) is torch.nn.Linear and "forward" not in vars(layer)
+    ]
+    if device.type != "cpu":
+        layers = []
+    for layer in layers:
+        layer.forward = partial(linear, layer.weight, layer.bias)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
+
+
+def head_products(head: Head, hidden: Tensor) -> Tensor:
+    """hidden @ weight.T + bias [R, V], float32 sums kept as such where the device can."""
+    if hidden.dtype == torch.float32 or hidden.dtype != head.weight.dtype:
+        return linear(head.weight, head.bias, hidden)
+    if hidden.is_cuda:
+        products = torch.mm(hidden, head.weight.T, out_dtype=torch.float32)
+        return products if head.bias is None else products + head.bias
+    return invariant_linear(hidden, head.weight, head.bias, out_dtype=torch.float32)
+
+
+def linear(weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
+    """x weight^T + bias in the dtype of `x`."""
+    rows = x.numel() // x.shape[-1]
+    ours = x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and rows <= _MOST_BF16_ROWS)
+    if ours and x.device.type == "cpu" and x.dtype == weight.dtype:
+        return invariant_linear(x, weight, bias)
+    return F.linear(x, weight, bias)

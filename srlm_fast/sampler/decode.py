@@ -70,7 +70,8 @@ def start_state(
         for row in rows
     ]
     numbers += [(0,) * 7] * (count - len(rows))
-    token, position, step, seed, limit, first_page, alive = torch.tensor(numbers).T.to(device)
+    vectors = torch.tensor(numbers).T.contiguous().to(device)
+    token, position, step, seed, limit, first_page, alive = vectors
     return State(
         token, position, step, seed, limit,
         alive=alive.bool(),

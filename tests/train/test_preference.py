@@ -257,7 +257,8 @@ def test_every_loss_type_trains(train):
 def test_identical_responses_give_no_gradient_but_are_allowed(train, pairs):
     same = [replace(p, rejected_ids=p.chosen_ids) for p in pairs]
     _, summary, logs = train(data=same)
-    assert summary["margins"] == 0.0
+    # Not exactly 0: a BLAS may give equal rows of one matrix unequal last bits.
+    assert abs(summary["margins"]) < 1e-12
     assert all(row["grad_norm"] < 1e-12 for row in logs)
 
 

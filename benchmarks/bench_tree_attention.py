@@ -86,7 +86,11 @@ def cases(suite: str) -> Iterator[Case]:
                 name=f"{shape}, {name}",
                 params=vars(shape) | {"dtype": name, "device": device},
                 make_inputs=partial(_step, shape, dtype, device),
-                variants={"independent, SDPA": Variant(_independent), **ours},
+                variants={
+                    "independent, SDPA": Variant(_independent),
+                    "shared, flex": Variant(_flex, compiles=True),
+                    **ours,
+                },
                 oracle=lambda step, _: {"out": _dense(step)},
                 tolerance=TOLERANCE[name],
                 work=Work(0.0, _bytes(shape, dtype), (64, 64, 64)),
@@ -168,6 +172,33 @@ def _independent(step: Step) -> Call:
 
     def call() -> Outputs:
         return {"out": scaled_dot_product_attention(query, key, value).flatten(1, 2)}
+
+    return call
+
+
+def _flex(step: Step) -> Call:
+    """One call over all keys that there are, each once; a mask says whose they are."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    shape, device = step.shape, step.query.device
+    key, value = (x.transpose(0, 1).flatten(1, 2)[None].contiguous() for x in
+                  (step.key_pages, step.value_pages))  # fmt: skip
+    query = step.query.transpose(0, 1)[None].contiguous()
+    row = torch.arange(shape.rows, device=device)
+    prompts = torch.arange(shape.prompts, device=device).repeat_interleave(shape.prompt)
+    # Of each key the first row that sees it, and the end of these rows.
+    first = torch.cat([prompts * shape.candidates, row.repeat_interleave(shape.own)])
+    end = torch.cat([(prompts + 1) * shape.candidates, row.repeat_interleave(shape.own) + 1])
+
+    def sees(batch: Tensor, head: Tensor, row: Tensor, token: Tensor) -> Tensor:
+        return (row >= first[token]) & (row < end[token])
+
+    mask = create_block_mask(sees, None, None, shape.rows, len(first), device=str(device))
+    run = torch.compile(flex_attention)
+
+    def call() -> Outputs:
+        out = run(query, key, value, block_mask=mask, enable_gqa=True)
+        return {"out": out[0].transpose(0, 1)}
 
     return call
 

@@ -1,7 +1,7 @@
-// Attention of the rows of one tile, queries that read the same pages: an online softmax each.
+// Attention of a tile: rows that read the same pages, with an online softmax each.
 //
-// What a row becomes depends on its query, its pages and their order alone, bit for bit: each of its
-// sums has one order, and keys that only its mates see are never multiplied into it.
+// A row's result depends on its query, its pages and their order alone, bit for bit: each of its
+// sums has one order, and values that only its mates see are never multiplied into it.
 #pragma once
 
 #include <algorithm>
@@ -28,8 +28,12 @@ inline int64_t vectors_of(int64_t width) { return (width + kLanes - 1) / kLanes;
 
 // What a softmax needs to go on, or to be merged with that of other pages.
 struct Softmax {
-  float top = -kInfinity;  // the largest score
-  Floats total{};          // sum of e^(score - top), in lanes
+  // How far scores may exceed `shift` before everything is scaled to a new one. Each new largest
+  // score would do it otherwise, and be a branch that the processor does not foresee.
+  static constexpr float kSlack = 8;
+
+  float shift = -kInfinity;
+  Floats total{};  // sum of e^(score - shift), in lanes
 };
 
 // One page for one KV head: keys [Dk, 64], values [64, Dv in whole vectors].
@@ -43,25 +47,24 @@ class Tile {
   static constexpr int64_t kRows = 128;
 
   Tile(int64_t key_width, int64_t value_width, float softcap)
-      : key_width_(key_width), value_vectors_(vectors_of(value_width)), softcap_(softcap) {
+      : key_width_(key_width), softcap_(softcap) {
+    const struct {
+      Matrix<float>* matrix;
+      int64_t rows, vectors;
+    } parts[] = {{&queries, kRows, vectors_of(key_width)},
+                 {&sums, kRows, vectors_of(value_width)},
+                 {&keys, key_width, vectors_of(kPage)},
+                 {&values, kPage, vectors_of(value_width)}};
+    int64_t size = 0;
+    for (const auto& part : parts) size += part.rows * part.vectors;
     // Kept for the next call: fresh memory costs more page faults than a small tile costs time.
     thread_local std::vector<Floats> memory;
-    const int64_t key_vectors = vectors_of(key_width), page_vectors = kPage / kLanes;
-    const int64_t parts[] = {kRows * key_vectors, kRows * value_vectors_,
-                             key_width * page_vectors, kPage * value_vectors_};
-    int64_t size = 0;
-    for (const int64_t part : parts) size += part;
     if (int64_t(memory.size()) < size) memory.resize(size);
     Floats* next = memory.data();
-    const auto take = [&](int part, int64_t stride) {
-      const Matrix<float> matrix{reinterpret_cast<float*>(next), stride * kLanes};
-      next += parts[part];
-      return matrix;
-    };
-    queries = take(0, key_vectors);
-    sums = take(1, value_vectors_);
-    keys = take(2, page_vectors);
-    values = take(3, value_vectors_);
+    for (const auto& part : parts) {
+      *part.matrix = {reinterpret_cast<float*>(next), part.vectors * kLanes};
+      next += part.rows * part.vectors;
+    }
   }
 
   // `queries` and `position` of that many rows are set.
@@ -89,7 +92,7 @@ class Tile {
   int64_t position[kRows];
   Softmax softmax[kRows];
   Matrix<float> queries;  // [rows, Dk], scaled
-  Matrix<float> sums;     // [rows, Dv]: sum of e^(score - top) value
+  Matrix<float> sums;     // [rows, Dv]: sum of e^(score - shift) value
   Matrix<float> keys, values;  // room for a page whose layout or dtype is not that of a PageView
 
  private:
@@ -107,17 +110,21 @@ class Tile {
     if (all.empty()) all = {kPage, kPage};
 
     alignas(64) float weights[kBlockRows][kPage];
-    const int64_t from = any.first / kLanes * kLanes;
+    const int64_t from = any.first / kLanes * kLanes, span = vectors_of(any.end - from);
     product<false, T>({queries[row], queries.stride}, {page.keys[0] + from, page.keys.stride},
-                      key_width_, {weights[0] + from, kPage}, count, vectors_of(any.end - from));
-    for (int64_t r = 0; r < count; ++r)
-      if (!seen[r].empty()) exponentiate(row + r, weights[r], seen[r], from, any.end);
+                      key_width_, {weights[0] + from, kPage}, count, span * kLanes);
+    as_constant<kPage / kLanes>(span, [&](auto vectors) {
+      for (int64_t r = 0; r < count; ++r) {
+        const Slots slots{seen[r].first - from, seen[r].end - from};
+        exponentiate<vectors>(row + r, weights[r] + from, slots);
+      }
+    });
 
     // Rows see most keys together; those at the ends, which only some see, are added one by one.
     const auto add = [&](int64_t r, int64_t many, int64_t first, int64_t end) {
       if (first < end)
         product<true, T>({weights[r] + first, kPage}, {page.values[first], page.values.stride},
-                         end - first, {sums[row + r], sums.stride}, many, value_vectors_);
+                         end - first, {sums[row + r], sums.stride}, many, sums.stride);
     };
     for (int64_t r = 0; r < count; ++r)
       add(r, 1, seen[r].first, std::min(seen[r].end, all.first));
@@ -126,35 +133,37 @@ class Tile {
       add(r, 1, std::max(seen[r].first, all.end), seen[r].end);
   }
 
-  // Scores become e^(score - top), 0 for keys that the row does not see, whatever was computed there.
-  void exponentiate(int64_t row, float* scores, const Slots& seen, int64_t from, int64_t end) {
-    Floats top = splat(-kInfinity);
-    for (int64_t i = from; i < end; i += kLanes) {
-      Floats x = load(scores + i, kLanes);
-      if (softcap_ != 0) x = tanh(x / softcap_) * softcap_;
-      const Ints slot = kLane + int32_t(i);
-      x = (slot >= int32_t(seen.first)) & (slot < int32_t(seen.end)) ? x : splat(-kInfinity);
-      store(scores + i, x, kLanes);
-      top = larger(x, top);
+  // Scores become e^(score - shift), 0 for keys that the row does not see, whatever lies there.
+  template <int kVectors>
+  [[gnu::always_inline]] void exponentiate(int64_t row, float* scores, const Slots& seen) {
+    const uint32_t count = seen.empty() ? 0 : seen.end - seen.first;
+    Floats x[kVectors], top = splat(-kInfinity);
+    for (int v = 0; v < kVectors; ++v) {
+      x[v] = load(scores + v * kLanes, kLanes);
+      if (softcap_ != 0) x[v] = tanh(x[v] / softcap_) * softcap_;
+      const Words slot = (Words)(kLane + int32_t(v * kLanes - seen.first));
+      x[v] = slot < count ? x[v] : splat(-kInfinity);
+      top = larger(x[v], top);
     }
-    auto& [before, total] = softmax[row];
-    const float after = std::max(before, largest(top));
-    const float shift = after == -kInfinity ? 0 : after;  // nothing but -inf and NaN so far
-    if (after != before) {
-      const Floats factor = exp(splat(before - shift));
+    auto& [shift, total] = softmax[row];
+    if (const float peak = largest(top); peak > shift + Softmax::kSlack) {
+      const Floats factor = exp(splat(shift - peak));
       total *= factor;
       for (int64_t i = 0; i < sums.stride; i += kLanes)
         store(sums[row] + i, load(sums[row] + i, kLanes) * factor, kLanes);
-      before = after;
+      shift = peak;
     }
-    for (int64_t i = from; i < end; i += kLanes) {
-      const Floats p = exp(load(scores + i, kLanes) - shift);
-      store(scores + i, p, kLanes);
-      total += p;
+    const float finite = shift == -kInfinity ? 0 : shift;  // nothing but -inf and NaN so far
+    Floats sum{};
+    for (int v = 0; v < kVectors; ++v) {
+      x[v] = exp(x[v] - finite);
+      store(scores + v * kLanes, x[v], kLanes);
+      sum += x[v];
     }
+    total += sum;
   }
 
-  int64_t key_width_, value_vectors_, lowest_, highest_;
+  int64_t key_width_, lowest_, highest_;
   float softcap_;  // 0: none
 };
 

@@ -8,12 +8,31 @@
 
 namespace srlm {
 
-// As many sums as leave registers for a row of the matrix: 16 of the 32 of AVX-512.
-#ifdef __AVX512F__
-constexpr int kBlockRows = 4, kBlockVectors = 4;
+// As wide as a register: wider ones would live in memory. A block of sums takes half of the
+// registers, 16 of the 32 of AVX-512, or 8 of 16.
+#if defined(__AVX512F__)
+constexpr int kRegister = 16, kBlockVectors = 4;
+#elif defined(__AVX__)
+constexpr int kRegister = 8, kBlockVectors = 2;
 #else
-constexpr int kBlockRows = 2, kBlockVectors = 2;
+constexpr int kRegister = 4, kBlockVectors = 2;
 #endif
+constexpr int kBlockRows = 4;
+
+using Register = float __attribute__((vector_size(4 * kRegister)));
+
+inline Register load_register(const float* from) {
+  Register x;
+  std::memcpy(&x, from, sizeof(x));
+  return x;
+}
+
+inline Register load_register(const BFloat16* from) {
+  uint16_t __attribute__((vector_size(2 * kRegister))) x;
+  std::memcpy(&x, from, sizeof(x));
+  using Bits = uint32_t __attribute__((vector_size(4 * kRegister)));
+  return (Register)(__builtin_convertvector(x, Bits) << 16);
+}
 
 // f(constant) for the constant equal to n, 1 <= n <= kMost.
 template <int kMost, class F>
@@ -35,33 +54,42 @@ struct Matrix {
 template <int kRows, int kVectors, bool kAdd, class T>
 [[gnu::noinline]] void block_product(Matrix<const float> a, Matrix<const T> b, int64_t depth,
                                      Matrix<float> c) {
-  Floats sums[kRows][kVectors];
+  Register sums[kRows][kVectors];
   for (int r = 0; r < kRows; ++r)
     for (int v = 0; v < kVectors; ++v)
-      sums[r][v] = kAdd ? load(c[r] + v * kLanes, kLanes) : Floats{};
+      sums[r][v] = kAdd ? load_register(c[r] + v * kRegister) : Register{};
   for (int64_t k = 0; k < depth; ++k) {
-    Floats row[kVectors];
-    for (int v = 0; v < kVectors; ++v) row[v] = load(b[k] + v * kLanes, kLanes);
+    Register row[kVectors];
+    for (int v = 0; v < kVectors; ++v) {
+      row[v] = load_register(b[k] + v * kRegister);
+#ifdef __AVX512F__
+      // Or the compiler reads it again for each of the rows, more than the loads keep up with.
+      if constexpr (kRows > 1) asm("" : "+v"(row[v]));
+#endif
+    }
     for (int r = 0; r < kRows; ++r)
       for (int v = 0; v < kVectors; ++v) sums[r][v] += a[r][k] * row[v];
   }
   for (int r = 0; r < kRows; ++r)
-    for (int v = 0; v < kVectors; ++v) store(c[r] + v * kLanes, sums[r][v], kLanes);
+    for (int v = 0; v < kVectors; ++v)
+      std::memcpy(c[r] + v * kRegister, &sums[r][v], sizeof(Register));
 }
 
-// c = a b, or c += a b, for up to kBlockRows rows of a [rows, depth] and b [depth, 16 vectors].
+// c = a b, or c += a b, for up to kBlockRows rows of a [rows, depth], and b [depth, columns] with
+// columns a multiple of kLanes.
 //
 // Sums are folded in the order of depth, one at a time, whatever is computed beside them.
 template <bool kAdd, class T>
 void product(Matrix<const float> a, Matrix<const T> b, int64_t depth, Matrix<float> c,
-             int64_t rows, int64_t vectors) {
-  for (int64_t v = 0; v < vectors; v += kBlockVectors)
-    as_constant<kBlockRows>(rows, [&](auto block_rows) {
-      as_constant<kBlockVectors>(std::min<int64_t>(vectors - v, kBlockVectors), [&](auto width) {
-        block_product<block_rows, width, kAdd, T>(a, {b[0] + v * kLanes, b.stride}, depth,
-                                                  {c[0] + v * kLanes, c.stride});
+             int64_t rows, int64_t columns) {
+  constexpr int64_t kColumns = kBlockVectors * kRegister;
+  as_constant<kBlockRows>(rows, [&](auto block_rows) {
+    for (int64_t i = 0; i < columns; i += kColumns)
+      as_constant<kBlockVectors>(std::min(columns - i, kColumns) / kRegister, [&](auto vectors) {
+        block_product<block_rows, vectors, kAdd, T>(a, {b[0] + i, b.stride}, depth,
+                                                    {c[0] + i, c.stride});
       });
-    });
+  });
 }
 
 }  // namespace srlm

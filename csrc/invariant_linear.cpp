@@ -1,78 +1,72 @@
 // x w^T, fastest for as few rows of x as decoding has: kernels/srlm_kernels/invariant_linear.py.
 //
-// Every result is one sum over k, from left to right, by the same instructions wherever it is
-// computed: its bits depend on its row of x and its row of w, and on nothing else.
+// Every result is one sum over k in one order, by the same instructions wherever it is computed:
+// its bits depend on its row of x and its row of w, and on nothing else.
+//
+// With AVX-512 only: with narrower registers libraries are as fast, and this would be far slower.
+#ifdef __AVX512F__
+
+#include <immintrin.h>
 
 #include <algorithm>
 #include <memory>
-#include <new>
 
 #include "logits.h"
-
-#ifdef __AVX512BF16__
-#include <immintrin.h>
-#endif
 
 namespace srlm {
 namespace {
 
-// Rows go through the products as words of four bytes: one float, or two of bf16 side by side.
+// Rows go through the products as words of four bytes: a float, or two of bf16 side by side.
 template <class T>
-constexpr int64_t kPerWord = int64_t(sizeof(uint32_t) / sizeof(T));
+constexpr int64_t kPerWord = sizeof(uint32_t) / sizeof(T);
 
-// A block of sixteen words of sixteen rows.
+// Sixteen words of sixteen rows.
 using Tile = Words[kLanes];
 using Pairs = uint64_t __attribute__((vector_size(4 * kLanes)));
 
-// Sums that are kept in registers at once.
-#ifdef __AVX512F__
-constexpr int64_t kSums = 16;
-#else
-constexpr int64_t kSums = 4;
-#endif
+// Sums run over as many words from left to right, and are then added up, which rounds less than one
+// long sum.
+constexpr int64_t kPart = 256;
 
 inline Words splat(uint32_t x) { return Words{} + x; }
 
 // sum + a * b, of both halves of a word for bf16.
 template <class T>
 Floats add_products(Floats sum, Words a, Words b) {
-  if constexpr (kPerWord<T> == 1) {
-    return sum + (Floats)a * (Floats)b;
-  } else {
+  if constexpr (kPerWord<T> == 1) return sum + (Floats)a * (Floats)b;
 #ifdef __AVX512BF16__
-    return (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+  return (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
 #else
-    sum += (Floats)(a << 16) * (Floats)(b << 16);
-    return sum + (Floats)(a & 0xffff0000) * (Floats)(b & 0xffff0000);
+  sum += (Floats)(a << 16) * (Floats)(b << 16);
+  return sum + (Floats)(a & 0xffff0000) * (Floats)(b & 0xffff0000);
 #endif
-  }
 }
 
-// Within each 128 bits: single lanes, then pairs of lanes, of a and b in turn. Then every other
-// 128 bits.
-Words low(Words a, Words b) {
+// Of each 128 bits of a and b in turn: the low or high lanes, the low or high pairs of lanes.
+inline Words low(Words a, Words b) {
   return __builtin_shufflevector(a, b, 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29);
 }
-Words high(Words a, Words b) {
+inline Words high(Words a, Words b) {
   return __builtin_shufflevector(a, b, 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31);
 }
-Words low_pairs(Words a, Words b) {
+inline Words low_pairs(Words a, Words b) {
   return (Words)__builtin_shufflevector((Pairs)a, (Pairs)b, 0, 8, 2, 10, 4, 12, 6, 14);
 }
-Words high_pairs(Words a, Words b) {
+inline Words high_pairs(Words a, Words b) {
   return (Words)__builtin_shufflevector((Pairs)a, (Pairs)b, 1, 9, 3, 11, 5, 13, 7, 15);
 }
-Words even_quads(Words a, Words b) {
+// Every other 128 bits of a, then of b.
+inline Words even(Words a, Words b) {
   return (Words)__builtin_shufflevector((Pairs)a, (Pairs)b, 0, 1, 4, 5, 8, 9, 12, 13);
 }
-Words odd_quads(Words a, Words b) {
+inline Words odd(Words a, Words b) {
   return (Words)__builtin_shufflevector((Pairs)a, (Pairs)b, 2, 3, 6, 7, 10, 11, 14, 15);
 }
 
 [[gnu::always_inline]] inline void transpose(Tile& x) {
   Tile y;
 #pragma GCC unroll 4
-  for (int i = 0; i < 16; i += 4) {  // columns of four rows, within 128 bits
+  for (int i = 0; i < 16; i += 4) {  // four rows, within 128 bits
     const Words a = low(x[i], x[i + 1]), b = low(x[i + 2], x[i + 3]);
     const Words c = high(x[i], x[i + 1]), d = high(x[i + 2], x[i + 3]);
     y[i] = low_pairs(a, b);
@@ -81,25 +75,26 @@ Words odd_quads(Words a, Words b) {
     y[i + 3] = high_pairs(c, d);
   }
 #pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) {  // the 4 by 4 of 128 bits
-    const Words a = even_quads(y[i], y[i + 4]), b = even_quads(y[i + 8], y[i + 12]);
-    const Words c = odd_quads(y[i], y[i + 4]), d = odd_quads(y[i + 8], y[i + 12]);
-    x[i] = even_quads(a, b);
-    x[i + 8] = odd_quads(a, b);
-    x[i + 4] = even_quads(c, d);
-    x[i + 12] = odd_quads(c, d);
+  for (int i = 0; i < 4; ++i) {  // four by four, of 128 bits each
+    const Words a = even(y[i], y[i + 4]), b = even(y[i + 8], y[i + 12]);
+    const Words c = odd(y[i], y[i + 4]), d = odd(y[i + 8], y[i + 12]);
+    x[i] = even(a, b);
+    x[i + 4] = even(c, d);
+    x[i + 8] = odd(a, b);
+    x[i + 12] = odd(c, d);
   }
 }
 
-// Sixteen rows of a matrix from `row` on, the last one over again where the matrix has ended.
+// Sixteen rows of a matrix from `row` on; the last one over again where the matrix has ended.
 template <class T>
 struct Block {
   const T* from[kLanes];
   int64_t whole;  // words in whole tiles
+  int64_t ahead;  // elements from a tile to the one that is to be fetched early; 0: none
   Tile last;      // what is left of the rows, and zeros
 
-  Block(const Rows<const T>& matrix, int64_t row, int64_t rows, int64_t columns)
-      : whole(columns / (kLanes * kPerWord<T>)*kLanes) {
+  Block(const Rows<const T>& matrix, int64_t row, int64_t rows, int64_t columns, int64_t ahead = 0)
+      : whole(columns / (kLanes * kPerWord<T>)*kLanes), ahead(ahead) {
     const int64_t done = whole * kPerWord<T>;
     for (int64_t i = 0; i < kLanes; ++i) from[i] = matrix[std::min(row + i, rows - 1)];
     if (done == columns) return;
@@ -109,114 +104,122 @@ struct Block {
     }
   }
 
-  // Words `k` to `k` + 15 of kRows rows from row `first` on.
+  // Words `k` to `k` + 15 of kRows rows, from row `first` on.
   template <int64_t kRows>
   [[gnu::always_inline]] void read(Words* tile, int64_t first, int64_t k) const {
     if (k >= whole) {
       std::copy(last + first, last + first + kRows, tile);
       return;
     }
+    const T* const* const row = from + first;
+    const int64_t column = k * kPerWord<T>;
 #pragma GCC unroll 16
-    for (int64_t i = 0; i < kRows; ++i)
-      std::memcpy(&tile[i], from[first + i] + k * kPerWord<T>, sizeof(Words));
+    for (int64_t i = 0; i < kRows; ++i) std::memcpy(&tile[i], row[i] + column, sizeof(Words));
+    if (ahead == 0) return;
+    for (int64_t i = 0; i < kRows; ++i) __builtin_prefetch(row[i] + column + ahead);
   }
 };
 
-// A group of rows of w, and the sums of up to 32 rows of x with it.
-constexpr int64_t kGroup = 2;
+// Two blocks of rows of w, and their products with up to 32 rows of x.
+constexpr int64_t kBlocks = 2;
 template <class T>
-using Group = Block<T>[kGroup];
-using Sums = Tile[kGroup][2];
+using Group = Block<T>[kBlocks];
+using Sums = Tile[kBlocks][2];
 
-// For up to eight rows of x. Lanes are rows of w: two blocks of them, since the sums of one would
-// wait for each other. `x` holds kRows rows of `words` words.
-template <class T, int64_t kRows>
-[[gnu::noinline]] void few_rows(const Group<T>& w, const uint32_t* x, int64_t words, Sums& out) {
-  constexpr int64_t kAtOnce = kRows < 8 ? kGroup : 1;
-  for (int64_t first = 0; first < kGroup; first += kAtOnce) {
-    Floats sums[kAtOnce][kRows]{};
-    for (int64_t k = 0; k < words; k += kLanes) {
-#pragma GCC unroll 2
-      for (int64_t b = 0; b < kAtOnce; ++b) {
-        Tile tile;
-        w[first + b].template read<kLanes>(tile, 0, k);
-        transpose(tile);
-#pragma GCC unroll 16
-        for (int64_t j = 0; j < kLanes; ++j)
-#pragma GCC unroll 8
-          for (int64_t m = 0; m < kRows; ++m)
-            sums[b][m] = add_products<T>(sums[b][m], splat(x[m * words + k + j]), tile[j]);
-      }
-    }
-    for (int64_t b = 0; b < kAtOnce; ++b)
-      for (int64_t m = 0; m < kRows; ++m) out[first + b][0][m] = (Words)sums[b][m];
-  }
+inline void add(Words& out, Floats sum, int64_t part) {
+  out = (Words)(part == 0 ? sum : (Floats)out + sum);
 }
 
-// Lanes are rows of x, 16 kVectors of them, transposed: words of a column lie side by side.
-template <class T, int64_t kVectors>
-[[gnu::noinline]] void many_rows(const Block<T>& w, const Words* x, int64_t words,
-                                 Tile (&out)[2]) {
-  constexpr int64_t kRows = kSums / kVectors;  // of w
-  for (int64_t first = 0; first < kLanes; first += kRows) {
-    Floats sums[kRows][kVectors]{};
-    for (int64_t k = 0; k < words; k += kLanes) {
-      Words tile[kRows];
-      w.template read<kRows>(tile, first, k);
-      for (int64_t j = 0; j < kLanes; ++j)
-#pragma GCC unroll 16
-        for (int64_t n = 0; n < kRows; ++n)
+// For up to eight rows of x. Lanes are rows of w. `x` holds kRows rows of `words` words.
+template <class T, int64_t kRows>
+[[gnu::noinline]] void few_rows(const Group<T>& w, const uint32_t* x, int64_t words, Sums& out) {
+  // The sums of a single block would wait for each other.
+  constexpr int64_t kAtOnce = kRows < 4 ? kBlocks : 1;
+  int64_t part = 0;
+  do {
+    for (int64_t first = 0; first < kBlocks; first += kAtOnce) {
+      Floats sums[kAtOnce][kRows]{};
+      for (int64_t k = part; k < std::min(part + kPart, words); k += kLanes)
 #pragma GCC unroll 2
-          for (int64_t v = 0; v < kVectors; ++v)
-            sums[n][v] = add_products<T>(sums[n][v], x[(k + j) * kVectors + v],
-                                         splat(uint32_t(tile[n][j])));
+        for (int64_t b = 0; b < kAtOnce; ++b) {
+          Tile tile;
+          w[first + b].template read<kLanes>(tile, 0, k);
+          transpose(tile);
+#pragma GCC unroll 16
+          for (int64_t j = 0; j < kLanes; ++j)
+#pragma GCC unroll 8
+            for (int64_t m = 0; m < kRows; ++m)
+              sums[b][m] = add_products<T>(sums[b][m], splat(x[m * words + k + j]), tile[j]);
+        }
+      for (int64_t b = 0; b < kAtOnce; ++b)
+        for (int64_t m = 0; m < kRows; ++m) add(out[first + b][0][m], sums[b][m], part);
     }
-    for (int64_t n = 0; n < kRows; ++n)
-      for (int64_t v = 0; v < kVectors; ++v) out[v][first + n] = (Words)sums[n][v];
-  }
+  } while ((part += kPart) < words);
+}
+
+// Lanes are rows of x: kVectors times sixteen, transposed, so that a column's words lie together.
+template <class T, int64_t kVectors>
+[[gnu::noinline]] void many_rows(const Block<T>& w, const Words* x, int64_t words, Tile* out) {
+  constexpr int64_t kRows = kLanes / kVectors;  // of w at once: sixteen sums stay in registers
+  int64_t part = 0;
+  do {
+    for (int64_t first = 0; first < kLanes; first += kRows) {
+      Floats sums[kRows][kVectors]{};
+      for (int64_t k = part; k < std::min(part + kPart, words); k += kLanes) {
+        Words tile[kRows];
+        w.template read<kRows>(tile, first, k);
+        for (int64_t j = 0; j < kLanes; ++j)
+#pragma GCC unroll 16
+          for (int64_t n = 0; n < kRows; ++n)
+#pragma GCC unroll 2
+            for (int64_t v = 0; v < kVectors; ++v)
+              sums[n][v] = add_products<T>(sums[n][v], x[(k + j) * kVectors + v],
+                                           splat(uint32_t(tile[n][j])));
+      }
+      for (int64_t n = 0; n < kRows; ++n)
+        for (int64_t v = 0; v < kVectors; ++v) add(out[v][first + n], sums[n][v], part);
+    }
+  } while ((part += kPart) < words);
   for (int64_t v = 0; v < kVectors; ++v) transpose(out[v]);
 }
 
-// The rows of x in strips, each padded with zeros to whole tiles and laid out for its products.
+// The rows of x in strips, padded with zeros to whole tiles and laid out as their products want.
 template <class T>
-struct Packed {
+struct Strips {
   int64_t rows, words;
   std::unique_ptr<Words[]> data;
 
-  explicit Packed(const Tensor& x)
-      : rows(x.size(0)),
-        words((x.size(1) + kLanes * kPerWord<T> - 1) / (kLanes * kPerWord<T>)*kLanes),
+  Strips(const Rows<const T>& from, int64_t rows, int64_t columns)
+      : rows(rows),
+        words((columns + kLanes * kPerWord<T> - 1) / (kLanes * kPerWord<T>)*kLanes),
         data(new Words[(rows + 31) / 32 * 2 * words]) {
-    const auto from = rows_of<const T>(x);
-    for (int64_t row = 0; row < rows; row += strip(row)) {
-      const int64_t vectors = strip(row) / kLanes;
-      Words* const to = data.get() + row / kLanes * words;
+    for (int64_t row = 0; row < rows; row += size(row)) {
+      const int64_t vectors = size(row) / kLanes;  // 0: not transposed
       for (int64_t v = 0; v < std::max<int64_t>(vectors, 1); ++v) {
-        const Block<T> block(from, row + v * kLanes, rows, x.size(1));
+        const Block<T> block(from, row + v * kLanes, rows, columns);
         for (int64_t k = 0; k < words; k += kLanes) {
           Tile tile;
           block.template read<kLanes>(tile, 0, k);
           if (vectors > 0) transpose(tile);
           for (int64_t i = 0; i < kLanes; ++i)
-            to[vectors > 0 ? (k + i) * vectors + v : (i * words + k) / kLanes] = tile[i];
+            (*this)[row][vectors > 0 ? (k + i) * vectors + v : (i * words + k) / kLanes] = tile[i];
         }
       }
     }
   }
 
-  // How many rows go together from `row` on.
-  int64_t strip(int64_t row) const {
-    const int64_t left = rows - row;
-    return left > 24 ? 32 : left > 8 ? 16 : 8;
-  }
+  // Rows of the strip that begins at `row`.
+  int64_t size(int64_t row) const { return rows - row > 24 ? 32 : rows - row > 8 ? 16 : 8; }
+
+  Words* operator[](int64_t row) const { return data.get() + row / kLanes * words; }
 
   void multiply(const Group<T>& w, int64_t row, Sums& sums) const {
-    const Words* const x = data.get() + row / kLanes * words;
+    const Words* const x = (*this)[row];
     const auto* const flat = reinterpret_cast<const uint32_t*>(x);
     const int64_t left = rows - row;
     if (left > 8) {
-      for (int64_t b = 0; b < kGroup; ++b)
-        if (strip(row) == 32) many_rows<T, 2>(w[b], x, words, sums[b]);
+      for (int64_t b = 0; b < kBlocks; ++b)
+        if (size(row) == 32) many_rows<T, 2>(w[b], x, words, sums[b]);
         else many_rows<T, 1>(w[b], x, words, sums[b]);
     } else if (left > 4) {
       few_rows<T, 8>(w, flat, words, sums);
@@ -230,55 +233,72 @@ struct Packed {
   }
 };
 
+// [..., C] as a matrix.
+template <class T>
+Rows<T> flat_rows(const Tensor& x) {
+  const int64_t last = x.dim() - 1;
+  return {static_cast<T*>(x.data_ptr()), last == 1 ? x.stride(0) : x.size(last)};
+}
+
 template <class T, class Out>
-void multiply(const Tensor& out, const Tensor& x, const Tensor& weight, const float* bias) {
-  constexpr int64_t kWidth = kGroup * kLanes;
-  const int64_t rows = x.size(0), columns = weight.size(0), depth = x.size(1);
-  const Packed<T> packed(x);
-  const auto to = rows_of<Out>(out);
+void multiply(const Tensor& out, const Tensor& x, const Tensor& weight, const float* bias,
+              int64_t rows) {
+  constexpr int64_t kWidth = kBlocks * kLanes;
+  const int64_t columns = weight.size(0), depth = weight.size(1);
+  const Strips<T> strips(flat_rows<const T>(x), rows, depth);
+  const auto to = flat_rows<Out>(out);
   const auto w = rows_of<const T>(weight);
-  const int64_t grain = 1 + (1 << 18) / (kWidth * (rows + 4) * depth + 1);
-  const auto column_group = [&](int64_t first) {
-    const Group<T> group{{w, first, columns, depth}, {w, first + kLanes, columns, depth}};
-    for (int64_t row = 0; row < rows; row += packed.strip(row)) {
+  // Each row of a tile is a stream of its own: short ones end before the hardware has seen them.
+  const int64_t row_bytes = depth * int64_t(sizeof(T));
+  const bool in_cache = columns * row_bytes < (1 << 22);
+  const int64_t ahead = row_bytes > 2048 || in_cache ? 0 : kWidth * w.stride;
+  const auto run = [&](int64_t n) {
+    const Group<T> group{{w, n, columns, depth, ahead}, {w, n + kLanes, columns, depth, ahead}};
+    for (int64_t row = 0; row < rows; row += strips.size(row)) {
       Sums sums;
-      packed.multiply(group, row, sums);
-      for (int64_t b = 0; b < kGroup; ++b) {
-        const int64_t n = first + b * kLanes, count = std::min(kLanes, columns - n);
-        if (count <= 0) break;
-        const Floats shift = bias ? load(bias + n, count) : Floats{};
-        for (int64_t m = 0; m < std::min(packed.strip(row), rows - row); ++m)
-          store(to[row + m] + n, (Floats)sums[b][m / kLanes][m % kLanes] + shift, count);
-      }
+      strips.multiply(group, row, sums);
+      for (int64_t b = 0; b < kBlocks && n + b * kLanes < columns; ++b)
+        each_vector(std::min(kLanes, columns - n - b * kLanes), [&](int64_t, int64_t count) {
+          const int64_t first = n + b * kLanes;
+          const Floats shift = bias ? load(bias + first, count) : Floats{};
+          for (int64_t m = 0; m < std::min(strips.size(row), rows - row); ++m)
+            store(to[row + m] + first, (Floats)sums[b][m / kLanes][m % kLanes] + shift, count);
+        });
     }
   };
+  const int64_t grain = 1 + (1 << 18) / (kWidth * (rows + 4) * depth + 1);
   torch::stable::parallel_for(0, (columns + kWidth - 1) / kWidth, grain,
                               [&](int64_t begin, int64_t end) {
-                                for (int64_t i = begin; i < end; ++i) column_group(i * kWidth);
+                                for (int64_t i = begin; i < end; ++i) run(i * kWidth);
                               });
 }
 
 void invariant_linear(const Tensor& out, const Tensor& x, const Tensor& weight,
-                     const std::optional<Tensor>& bias) {
+                      const std::optional<Tensor>& bias) {
   const ScalarType dtype = x.scalar_type();
-  const bool wide = out.scalar_type() == ScalarType::Float;
+  const bool narrow = out.scalar_type() == ScalarType::BFloat16;
   STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16,
                   "x must be fp32 or bf16");
-  STD_TORCH_CHECK(wide || out.scalar_type() == ScalarType::BFloat16, "out must be fp32 or bf16");
-  STD_TORCH_CHECK(x.dim() == 2 && weight.dim() == 2 && weight.size(1) == x.size(1) &&
+  STD_TORCH_CHECK(narrow || out.scalar_type() == ScalarType::Float, "out must be fp32 or bf16");
+  const int64_t last = x.dim() - 1;
+  STD_TORCH_CHECK(last >= 0 && weight.dim() == 2 && weight.size(1) == x.size(last) &&
                       weight.scalar_type() == dtype,
-                  "x must be [M, K], and weight [N, K] of the same dtype");
-  STD_TORCH_CHECK(out.dim() == 2 && out.size(0) == x.size(0) && out.size(1) == weight.size(0),
-                  "out must be [M, N]");
-  for (const Tensor* matrix : {&out, &x, &weight})
-    STD_TORCH_CHECK(matrix->size(1) < 2 || matrix->stride(1) == 1,
-                    "x, weight and out must have unit column stride");
-  const float* shift = bias_of(bias, weight.size(0));
-  if (dtype == ScalarType::Float) {
-    (wide ? &multiply<float, float> : &multiply<float, BFloat16>)(out, x, weight, shift);
-  } else {
-    (wide ? &multiply<BFloat16, float> : &multiply<BFloat16, BFloat16>)(out, x, weight, shift);
+                  "x must be [..., K], and weight [N, K] of the same dtype");
+  bool fits = out.dim() == x.dim() && out.size(last) == weight.size(0);
+  int64_t rows = 1;
+  for (int64_t i = 0; i < last && fits; ++i) {
+    fits = out.size(i) == x.size(i);
+    rows *= x.size(i);
   }
+  STD_TORCH_CHECK(fits, "out must be [..., N]");
+  for (const Tensor* matrix : {&out, &x, &weight})
+    STD_TORCH_CHECK(matrix->is_contiguous() || (matrix->dim() == 2 && matrix->stride(1) == 1),
+                    "x, weight and out must be contiguous, or matrices of unit column stride");
+  const float* const shift = bias_of(bias, weight.size(0));
+  const auto run = dtype == ScalarType::Float
+                       ? (narrow ? &multiply<float, BFloat16> : &multiply<float, float>)
+                       : (narrow ? &multiply<BFloat16, BFloat16> : &multiply<BFloat16, float>);
+  run(out, x, weight, shift, rows);
 }
 
 }  // namespace
@@ -292,3 +312,5 @@ STABLE_TORCH_LIBRARY_IMPL(srlm_kernels_c, CPU, library) {
 }
 
 }  // namespace srlm
+
+#endif

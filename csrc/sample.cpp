@@ -166,11 +166,14 @@ void sample(const Tensor& token, const Tensor& numbers, const Tensor& stopped, c
                   "numbers must be [3, R] fp32, contiguous");
   check_vector(seed, rows, ScalarType::Long, "seed must be [R] int64");
   check_vector(step, rows, ScalarType::Long, "step must be [R] int64");
-  if (is_stop) {
-    check_vector(*is_stop, columns, ScalarType::Bool, "is_stop must be [V] bool");
-    STD_TORCH_CHECK(is_stop->is_contiguous(), "is_stop must be contiguous");
-  }
-  if (seen) check_matrix(*seen, rows, columns, ScalarType::Bool);
+  STD_TORCH_CHECK(!seen || (seen->dim() == 2 && seen->size(0) == rows &&
+                            seen->size(1) == columns && (columns < 2 || seen->stride(1) == 1) &&
+                            seen->scalar_type() == ScalarType::Bool),
+                  "seen must be [R, V] bool, unit column stride");
+  STD_TORCH_CHECK(!is_stop || (is_stop->dim() == 1 && is_stop->size(0) == columns &&
+                               is_stop->is_contiguous() &&
+                               is_stop->scalar_type() == ScalarType::Bool),
+                  "is_stop must be [V] bool, contiguous");
 
   constexpr ScalarType kFloat = ScalarType::Float, kInt = ScalarType::Int;
   const PerRow<float> temperatures(temperature, rows, kFloat, 1), top_ps(top_p, rows, kFloat, 1),

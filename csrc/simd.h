@@ -62,16 +62,32 @@ inline void store(BFloat16* to, Floats x, int64_t count) {
   std::memcpy(to, &y, count * sizeof(*to));
 }
 
+// Lane i is lane i ^ kBit of x.
+template <int kBit>
+Floats flipped(Floats x) {
+#ifdef __clang__
+  return __builtin_shufflevector(x, x, 0 ^ kBit, 1 ^ kBit, 2 ^ kBit, 3 ^ kBit, 4 ^ kBit, 5 ^ kBit,
+                                 6 ^ kBit, 7 ^ kBit, 8 ^ kBit, 9 ^ kBit, 10 ^ kBit, 11 ^ kBit,
+                                 12 ^ kBit, 13 ^ kBit, 14 ^ kBit, 15 ^ kBit);
+#else
+  return __builtin_shuffle(x, kLane ^ kBit);
+#endif
+}
+
 inline float sum(Floats x) {
-  for (int64_t half = kLanes / 2; half > 0; half /= 2)
-    for (int64_t i = 0; i < half; ++i) x[i] += x[i + half];
+  x += flipped<8>(x);
+  x += flipped<4>(x);
+  x += flipped<2>(x);
+  x += flipped<1>(x);
   return x[0];
 }
 
 inline float largest(Floats x) {
-  float top = x[0];
-  for (int64_t i = 1; i < kLanes; ++i) top = x[i] > top ? x[i] : top;
-  return top;
+  x = larger(x, flipped<8>(x));
+  x = larger(x, flipped<4>(x));
+  x = larger(x, flipped<2>(x));
+  x = larger(x, flipped<1>(x));
+  return x[0];
 }
 
 // e^x = 2^n e^r with |r| <= ln(2) / 2, and a minimax polynomial for e^r: within 1 ulp, or 1.2 where

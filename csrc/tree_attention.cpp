@@ -13,12 +13,13 @@ namespace {
 
 // A softmax over some of the keys of a token.
 struct Part {
-  float weight, total;  // `weight` is the largest score until the parts are merged
+  float weight;  // Softmax::shift, until the parts are merged
+  float total;
   float* sums;
 };
 
-// sum_i e^top_i sums_i / (sum_i e^top_i total_i + e^sink) over the parts at(0), ..., at(count - 1);
-// 0 where no key was seen.
+// sum_i e^shift_i sums_i / (sum_i e^shift_i total_i + e^sink) over the parts at(i), i < count; 0
+// where no key was seen.
 template <class T, class F>
 void merge(int64_t count, const F& at, float sink, int64_t width, T* out) {
   float top = sink;
@@ -54,6 +55,9 @@ std::vector<Work> work_of(const TreePlan& plan, int64_t group) {
                    [](const Work& a, const Work& b) { return a.cost() > b.cost(); });
   return works;
 }
+
+// Rows that read a bf16 page as fast where it lies as in an fp32 copy.
+constexpr int64_t kFewRows = 8;
 
 template <class T>
 struct Attention {
@@ -104,42 +108,53 @@ struct Attention {
       });
     }
     tile.start(work.rows);
-    for (int64_t e = 0; e < work.item->pages; ++e) {
-      const PageEntry& entry = plan.pages[work.item->first_page + e];
-      const Slots seen = tile.sees(entry, window);
-      if (!seen.empty()) fold(tile, entry, kv_head, seen);
+    const PageEntry* entry = plan.pages + work.item->first_page;
+    for (const PageEntry* end = entry + work.item->pages; entry != end; ++entry) {
+      const Slots seen = tile.sees(*entry, window);
+      if (!seen.empty()) fold(tile, *entry, kv_head, seen);
     }
     for (int64_t row = 0; row < work.rows; ++row) leave(tile, row, entry_of(row), head_of(row));
   }
 
-  // A page is read where it lies, if its layout allows, and its dtype or the number of rows do.
+  // A page is read where it lies if its layout allows, and is copied otherwise, or if so many rows
+  // read it that it is better widened once.
   void fold(Tile& tile, const PageEntry& entry, int64_t kv_head, const Slots& seen) const {
     const T* key = keys.at(entry.page, kv_head);
     const T* value = values.at(entry.page, kv_head);
-    const bool as_is = keys.slot_stride == 1 && values.dim_stride == 1 && value_width % kLanes == 0;
-    if (as_is && (std::is_same_v<T, float> || tile.rows <= kBlockRows))
+    if (as_is() && (std::is_same_v<T, float> || tile.rows <= kFewRows))
       return tile.fold<T>({{key, keys.dim_stride}, {value, values.slot_stride}}, entry, window);
-    for (int64_t d = 0; d < key_width; ++d)
-      gather(key + d * keys.dim_stride, keys.slot_stride, kPage, tile.keys[d]);
-    for (int64_t slot = seen.first; slot < seen.end; ++slot)
-      gather(value + slot * values.slot_stride, values.dim_stride, value_width, tile.values[slot]);
+    copy(key, keys.dim_stride, keys.slot_stride, key_width, kPage, tile.keys);
+    copy(value + seen.first * values.slot_stride, values.slot_stride, values.dim_stride,
+         seen.end - seen.first, value_width, {tile.values[seen.first], tile.values.stride});
     tile.fold<float>({{tile.keys[0], tile.keys.stride}, {tile.values[0], tile.values.stride}},
                      entry, window);
   }
 
-  static void gather(const T* from, int64_t stride, int64_t count, float* to) {
-    each_vector(count, [&](int64_t i, int64_t lanes) {
-      if (stride == 1) return store(to + i, load(from + i, lanes), kLanes);
-      T buffer[kLanes]{};
-      for (int64_t lane = 0; lane < lanes; ++lane) buffer[lane] = from[(i + lane) * stride];
-      store(to + i, load(buffer, kLanes), kLanes);
-    });
+  bool as_is() const {
+    return keys.slot_stride == 1 && values.dim_stride == 1 && value_width % kLanes == 0;
+  }
+
+  static void copy(const T* from, int64_t down, int64_t along, int64_t rows, int64_t columns,
+                   Matrix<float> to) {
+    for (int64_t row = 0; row < rows; ++row, from += down) {
+      if (along == 1) {
+        each_vector(columns, [&](int64_t i, int64_t lanes) {
+          store(to[row] + i, load(from + i, lanes), kLanes);
+        });
+      } else {
+        each_vector(columns, [&](int64_t i, int64_t lanes) {
+          T buffer[kLanes]{};
+          for (int64_t lane = 0; lane < lanes; ++lane) buffer[lane] = from[(i + lane) * along];
+          store(to[row] + i, load(buffer, kLanes), kLanes);
+        });
+      }
+    }
   }
 
   // Writes the result of a token with this one entry, or a part of it.
   void leave(Tile& tile, int64_t row, int64_t entry, int64_t head) const {
     const Softmax& softmax = tile.softmax[row];
-    Part own{softmax.top, sum(softmax.total), tile.sums[row]};
+    Part own{softmax.shift, sum(softmax.total), tile.sums[row]};
     const int64_t token = plan.queries[entry];
     if (plan.entries(token) == 1)
       return merge(1, [&](int64_t) -> Part& { return own; }, sink(head), value_width,

@@ -56,7 +56,7 @@ struct TreePlan {
     for (int64_t t = 0; t < token_count; ++t) {
       STD_TORCH_CHECK(within(begin(t), entries(t), query_count), "token_ptr must ascend up to Q");
       for (int64_t e = begin(t); e < begin(t + 1); ++e)
-        STD_TORCH_CHECK(within(token_entries[e], 1, query_count), "token ", t, " has no such entry");
+        STD_TORCH_CHECK(within(token_entries[e], 1, query_count), "token ", t, ": no such entry");
     }
   }
 

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from srlm_kernels.backends import row_kernel
+from srlm_kernels import native
+from srlm_kernels.backends import refusal
+from srlm_kernels.native_linear import invariant_linear_cpp
 
 
 def invariant_linear(
@@ -17,7 +22,7 @@ def invariant_linear(
     out_dtype: torch.dtype | None = None,
     impl: str = "auto",
 ) -> Tensor:
-    """x weight^T + bias. No gradients.
+    """x weight^T + bias, without gradients.
 
     A BLAS chooses its blocking by the number of rows, and with it the order of its sums: the same
     token has other bits in another batch. With "cpp" a row's result is one sum in one order,
@@ -25,16 +30,18 @@ def invariant_linear(
     of a decoding step, where a BLAS is made for many (`benchmarks/bench_invariant_linear.py`).
 
     Args:
-        x: [..., K] fp32 or bf16, unit last stride (any dtype with "torch").
+        x: [..., K] fp32 or bf16 (any dtype with "torch").
         weight: [N, K] like `x`, unit column stride. bias: [N].
         out_dtype: fp32 or bf16, default that of `x`; sums are fp32.
-        impl: "auto", "torch" (not invariant) or "cpp" (CPU).
+        impl: "auto", "torch" (not invariant) or "cpp" (CPU with AVX-512).
 
     Returns:
         [..., N].
 
     Raises:
-        TypeError, ValueError: shapes or dtypes that do not fit, or an `impl` that cannot run here.
+        TypeError, ValueError: shapes or dtypes that do not fit, an `impl` that cannot run here, or
+            a call that would need gradients.
+        RuntimeError: with "cpp", another `out_dtype` or column stride.
     """
     if weight.ndim != 2 or x.ndim < 1 or x.shape[-1] != weight.shape[1]:
         raise ValueError(
@@ -44,9 +51,23 @@ def invariant_linear(
         raise TypeError(f"x and weight must share a dtype, got {x.dtype} and {weight.dtype}")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias must have shape [{weight.shape[0]}], got {list(bias.shape)}")
-    run = row_kernel("invariant_linear", impl, x)
-    out: Tensor = run(x, weight, bias, out_dtype=out_dtype or x.dtype)
-    return out
+    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+        raise ValueError("invariant_linear has no gradients; call it under torch.no_grad()")
+    return _chosen(impl, x.dtype, x.device)(x, weight, bias, out_dtype=out_dtype or x.dtype)
+
+
+@functools.cache  # a decoding step has many calls of a few microseconds
+def _chosen(impl: str, dtype: torch.dtype, device: torch.device) -> Callable[..., Tensor]:
+    reason = refusal("cpp", torch.empty(0, dtype=dtype, device=device))
+    if reason is None and not native.has("invariant_linear"):
+        reason = "it was built without AVX-512, where a BLAS is faster"
+    if impl == "auto":
+        impl = "cpp" if reason is None else "torch"
+    if impl not in ("torch", "cpp"):
+        raise ValueError(f"invariant_linear has no impl={impl!r}; known: auto, torch, cpp")
+    if impl == "cpp" and reason is not None:
+        raise ValueError(f"impl='cpp' cannot run here: {reason}")
+    return invariant_linear_cpp if impl == "cpp" else invariant_linear_ref
 
 
 def invariant_linear_ref(

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from srlm_kernels.tree_attention import PAGE as SLOTS
-from srlm_kernels.triton_support import constant, dense, jit, tl, triton
+from srlm_kernels.triton_support import EXACT, constant, dense, jit, tl, triton
 
 PAGE = constant(SLOTS)
 TOKENS = 8  # of a program: decoding has few
@@ -25,7 +25,7 @@ def kv_write_triton(
             key, value, key_pages, value_pages, dense(slot), tokens, *key.stride()[:2],
             *value.stride()[:2], *key_pages.stride(), *value_pages.stride(), SOME=TOKENS,
             DK=key_width, DV=value.shape[2], BLOCK_DK=triton.next_power_of_2(key_width),
-            BLOCK_DV=triton.next_power_of_2(value.shape[2]), num_warps=4,
+            BLOCK_DV=triton.next_power_of_2(value.shape[2]), num_warps=4, **EXACT,
         )  # fmt: skip
 
 

@@ -22,12 +22,18 @@ def _load() -> tuple[bool, str]:
     try:
         torch.ops.load_library(found[0])  # type: ignore[no-untyped-call]
         for op in _OPS:  # they write to arguments and return nothing
-            torch.library.register_fake(f"srlm_kernels_c::{op}", lambda *args: None)
+            if hasattr(torch.ops.srlm_kernels_c, op):
+                torch.library.register_fake(f"srlm_kernels_c::{op}", lambda *args: None)
     # One built for another torch fails as RuntimeError or AttributeError as often as OSError.
     except Exception as error:
         reason = (str(error).strip() or "no message").splitlines()[0]
         return False, f"{found[0].name} does not load: {type(error).__name__}: {reason}"
     return True, f"built: {found[0]}"
+
+
+def has(op: str) -> bool:
+    """Whether `op` can be called here: some ops are built for some CPUs only."""
+    return available() and hasattr(torch.ops.srlm_kernels_c, op)
 
 
 def available() -> bool:

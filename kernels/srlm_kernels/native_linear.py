@@ -1,11 +1,11 @@
-"""`invariant_linear` in C++ for the CPU."""
+"""`invariant_linear` in C++ for CPUs with AVX-512."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from srlm_kernels.native import fp32, require
+from srlm_kernels.native import fp32
 
 
 def invariant_linear_cpp(
@@ -13,11 +13,14 @@ def invariant_linear_cpp(
 ) -> Tensor:
     """`invariant_linear_ref` for fp32 or bf16 on the CPU, rows bitwise independent.
 
+    Weights are read from memory once. Denormal numbers may count as 0 in bf16.
+
     Raises:
-        RuntimeError: no library (`native.why` says the reason), or tensors that do not fit.
+        AttributeError: no library, or one built without AVX-512 (`native.has` tells).
+        RuntimeError: tensors that do not fit together.
     """
-    require()
-    rows = x.reshape(-1, x.shape[-1])
-    out = rows.new_empty(rows.shape[0], weight.shape[0], dtype=out_dtype)
-    torch.ops.srlm_kernels_c.invariant_linear.default(out, rows, weight, fp32(bias))
-    return out.view(*x.shape[:-1], weight.shape[0])
+    if x.ndim != 2 or x.stride(1) != 1:
+        x = x.contiguous()
+    out = x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=out_dtype)
+    torch.ops.srlm_kernels_c.invariant_linear.default(out, x, weight, fp32(bias))
+    return out

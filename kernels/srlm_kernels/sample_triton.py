@@ -15,7 +15,7 @@ from srlm_kernels.triton_support import EXACT, constant, dense, jit, tl, triton
 
 GOLDEN, MIX_1, MIX_2 = map(constant, SPLITMIX64)
 HIGHEST, LOWEST = constant(torch.finfo(torch.float32).max), constant(torch.finfo(torch.float32).min)
-COLUMNS, COLUMNS_OF_GROUP = 4096, 32
+COLUMNS, COLUMNS_OF_GROUP = 2048, 32
 BLOCK, GROUP = constant(COLUMNS), constant(COLUMNS_OF_GROUP)
 
 
@@ -54,7 +54,9 @@ def sample_triton(
             0 if seen is None else seen.stride(0),
             PROCESSED=not (bias is None and seen is None and params.min_tokens is None),
             BLOCKS=max(2, triton.next_power_of_2(triton.cdiv(columns, COLUMNS))),
-            num_warps=16, **EXACT,
+            num_warps=8,
+            maxnreg=160,
+            **EXACT,
         )  # fmt: skip
     return draw
 
@@ -156,7 +158,9 @@ def _uniform(seed, step):
 
 
 @jit
-def _read(logits, processing, columns, sharpness, tops, PROCESSED: tl.constexpr, BLOCKS: tl.constexpr):
+def _read(
+    logits, processing, columns, sharpness, tops, PROCESSED: tl.constexpr, BLOCKS: tl.constexpr
+):
     """One pass over a row: the best score, the weights of each block [BLOCKS], the sum of the
     weights at temperature 1, and the log-sum-exp of the logits as they came."""
     # All sums are relative to the best score so far. LOWEST stands for "nothing seen": unlike -inf
@@ -202,8 +206,8 @@ def _processed(x, column, inside, processing):
         penalised = tl.where(x > 0, tl.div_rn(x, penalty), x * penalty)
         x = tl.where(tl.load(seen + column, mask=inside, other=False), penalised, x)
     if early is not None:
-        banned = tl.load(is_stop + column, mask=inside & early, other=False)
-        x = tl.where(banned, -float("inf"), x)
+        banned = tl.load(is_stop + column, mask=inside, other=False)
+        x = tl.where(banned & early, -float("inf"), x)
     return x
 
 

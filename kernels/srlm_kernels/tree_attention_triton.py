@@ -104,11 +104,14 @@ def launch_options(rows: int, width: int, dtype: torch.dtype) -> tuple[int, dict
         raise ValueError(f"impl='triton' takes heads of up to 256, not {width}; 'torch' takes any")
     rows, arch = max(16, triton.next_power_of_2(rows)), target_arch()
     if dtype == torch.float32:  # no tensor cores: each thread holds whole rows of both factors
-        return min(rows, 512 // width), {"num_warps": 8, "num_stages": 2}
-    most = 64 if width <= 128 else 32
-    warps = 8 if rows >= most and (width > 128 or arch != 90) else 4
+        most = 8 if width <= 64 else 4 if width <= 128 else 1
+        return min(rows, most), {"num_warps": 8, "num_stages": 2}
+    most = 64 if width <= (64 if arch < 90 else 128) else 32
+    tile = min(rows, most)
+    if arch == 90 and width <= 128:  # with 2 stages, two programs of a processor take turns
+        return tile, {"num_warps": 4, "num_stages": 3 if tile * width <= 4096 else 2}
     stages = 3 if width <= 128 or arch // 10 in (9, 10) else 2  # the others have less memory
-    return min(rows, most), {"num_warps": warps, "num_stages": stages}
+    return tile, {"num_warps": 8 if tile == most else 4, "num_stages": stages}
 
 
 # Where the parts of a plan begin in memory, and where a class of items does, is chance: no reason
@@ -161,34 +164,32 @@ def _tree_attention_kernel(
     rows = tl.load(item + 3) * GROUP
     if tl.program_id(2) * TILE >= rows:
         return
-    kv_head = tl.program_id(1).to(tl.int64)
+    kv_head = tl.program_id(1)
     row = tl.program_id(2) * TILE + tl.arange(0, TILE)
     inside = row < rows
     first_entry = tl.load(item + 2)
     token = tl.load(queries + first_entry + row // GROUP, mask=inside, other=0).to(tl.int64)
     at = tl.load(position + token, mask=inside, other=-1)
     first, last = tl.min(tl.where(inside, at, NOWHERE), 0), tl.max(at, 0)
+    lowest = -NOWHERE if window is None else first - window + 1
     pages += 4 * tl.load(item)
-    begin, end = _pages_in_sight(pages, tl.load(item + 1), first, last, window)
+    begin, end = _pages_in_sight(pages, tl.load(item + 1), lowest, last)
 
     dk, dv, slot = tl.arange(0, BLOCK_DK), tl.arange(0, BLOCK_DV), tl.arange(0, PAGE)
-    query += kv_head * GROUP * query_head_stride
-    start = token * query_token_stride + row % GROUP * query_head_stride
+    head = (kv_head * GROUP + row % GROUP).to(tl.int64)
+    start = token * query_token_stride + head * query_head_stride
     within = inside[None, :] & (dk < DK)[:, None]
     q = tl.load(query + start[None, :] + dk[:, None], mask=within, other=0.0)
-    key_pages += kv_head * key_head_stride
-    value_pages += kv_head * value_head_stride
+    key_pages += kv_head.to(tl.int64) * key_head_stride
+    value_pages += kv_head.to(tl.int64) * value_head_stride
     top = tl.full([TILE], LOWEST, tl.float32)
     # Every slot keeps the sum of its own keys, so that the loop holds one reduction only.
     total = tl.zeros([PAGE, TILE], tl.float32)
     acc = tl.zeros([BLOCK_DV, TILE], tl.float32)
     # Known one page ahead, or the loads of keys would wait for those of page numbers.
-    page, base, start, stop = _page_entry(pages, begin, end)
+    page, base, start, stop = _page_entry(pages, begin, end, lowest, last)
     for i in range(begin, end):
-        key_at = base + slot
-        valid = (slot >= start) & (slot < stop) & (key_at <= last)
-        if window is not None:
-            valid &= first - key_at < window
+        valid = (slot >= start) & (slot < stop)
         # What nobody sees is not read: 0 times NaN is NaN.
         k = _read(
             key_pages + page.to(tl.int64) * key_page_stride, slot[:, None], key_slot_stride,
@@ -198,18 +199,18 @@ def _tree_attention_kernel(
             value_pages + page.to(tl.int64) * value_page_stride, slot[None, :], value_slot_stride,
             dv[:, None], value_stride, DV, valid[None, :],
         )  # fmt: skip
-        page, base, start, stop = _page_entry(pages, i + 1, end)
+        seen = valid[:, None] & _sees(at[None, :], base + slot[:, None], window)
+        page, base, start, stop = _page_entry(pages, i + 1, end, lowest, last)
         s = final_logit(tl.dot(k, q, input_precision="ieee"), inner, outer, CAPPED)
-        seen = _sees(at[None, :], key_at[:, None], window)
-        s = tl.where(valid[:, None] & seen, s, -float("inf"))
+        s = tl.where(seen, s, -float("inf"))
         before, top = top, tl.maximum(top, tl.max(s, 0))
         fall = tl.exp2(before - top)[None, :]
         p = tl.exp2(s - top[None, :])
         total = total * fall + p
         acc = tl.dot(v, p.to(v.dtype), acc * fall, input_precision="ieee")
 
-    out = first_entry.to(tl.int64) * HEADS + kv_head * GROUP
-    out_row = row // GROUP * HEADS + row % GROUP
+    out = first_entry.to(tl.int64) * HEADS
+    out_row = row // GROUP * HEADS + kv_head * GROUP + row % GROUP
     total = _sum_of_slots(total, TILE)
     natural = (top + tl.log2(total)) * LN2
     tl.store(lse + out + out_row, tl.where(total == 0, -float("inf"), natural), mask=inside)
@@ -243,29 +244,29 @@ def _read(
 
 
 @jit
-def _page_entry(pages, i, end):
-    """Page, position of its slot 0, first valid slot, end of the valid slots."""
+def _page_entry(pages, i, end, lowest, last):
+    """Page, position of its slot 0, and first and end of the slots that some query may see."""
     entry, inside = pages + 4 * i, i < end
     page = tl.load(entry, mask=inside, other=0)
     base = tl.load(entry + 1, mask=inside, other=0)
     start = tl.load(entry + 2, mask=inside, other=0)
     stop = tl.load(entry + 3, mask=inside, other=0)
-    return page, base, start, stop
+    return page, base, tl.maximum(start, lowest - base), tl.minimum(stop, last + 1 - base)
 
 
 @jit
-def _pages_in_sight(pages, count, first, last, window):
-    """Begin and end of the page entries that queries at positions first to last may see."""
-    # Entries ascend: those behind the window come first, those ahead of all queries last.
+def _pages_in_sight(pages, count, lowest, last):
+    """Begin and end of the page entries that have a valid slot in positions lowest to last."""
+    # Entries ascend: those behind all windows come first, those ahead of all queries last.
     begin, end = 0, 0
     for start in range(0, count, ENTRIES):
         i = start + tl.arange(0, ENTRIES)
         here = i < count
         base = tl.load(pages + 4 * i + 1, mask=here, other=NOWHERE)
-        end += tl.sum((base + tl.load(pages + 4 * i + 2, mask=here, other=0) <= last).to(tl.int32))
-        if window is not None:
-            behind = base + tl.load(pages + 4 * i + 3, mask=here, other=0) <= first - window + 1
-            begin += tl.sum(behind.to(tl.int32))
+        first = base + tl.load(pages + 4 * i + 2, mask=here, other=0)
+        stop = base + tl.load(pages + 4 * i + 3, mask=here, other=0)
+        begin += tl.sum((stop <= lowest).to(tl.int32))
+        end += tl.sum((first <= last).to(tl.int32))
     return begin, end
 
 

@@ -7,21 +7,26 @@ stay until the last one of their prompt has ended.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from itertools import groupby
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from srlm_fast.model.forward import decoder, hidden_states, lm_head
+from srlm_fast.model.load import text_config
 from srlm_fast.sampler.batching import max_rows
 from srlm_fast.sampler.decode import STEPS, Rules, draw_step, harvest, start_state
 from srlm_fast.sampler.phase import inference
+from srlm_fast.sampler.probe import moving_rope
 from srlm_fast.sampler.rows import Row
 from srlm_fast.sampler.scoring import Groups, Scores
 from srlm_kernels import linear_logp
+
+# Layers that keep nothing but keys and values, and so can be repeated; others may forget a state.
+_REPEATABLE = (DynamicLayer, DynamicSlidingWindowLayer)
 
 
 class FallbackEngine:
@@ -34,6 +39,7 @@ class FallbackEngine:
         self.model, self.head = model, lm_head(model)
         self.device: torch.device = self.head.weight.device
         self.vocab = len(self.head.weight)
+        self._rope_limit = moving_rope(text_config(model))
 
     def generate(
         self, rows: Sequence[Row], rules: Rules, on_end: Callable[[list[Row]], None]
@@ -86,30 +92,29 @@ class FallbackEngine:
                 if not bool(state.alive.any()):
                     break
                 ids = torch.cat([ids, state.token[:, None]], 1)
-                hidden = self._next(ids, cache)
+                cache, hidden = self._next(ids, cache)
             harvest(rows, state)
 
     def _prefill(self, ids: Tensor) -> tuple[Any, Tensor]:
         """A cache of the equal rows `ids` [R, S], None if the model has none of the usual kind, and
         their last hidden states [R, D]."""
-        rows, run = len(ids), decoder(self.model)
+        run = decoder(self.model)
         output = run(input_ids=ids[:1], use_cache=True)
         cache = getattr(output, "past_key_values", None)
-        if cache is not None and rows > 1:
-            try:
-                cache = copy.deepcopy(cache)
-                cache.batch_repeat_interleave(rows)
-            except (AttributeError, NotImplementedError, TypeError, RuntimeError):
-                output = run(input_ids=ids, use_cache=True)
-                return output.past_key_values, output.last_hidden_state[:, -1]
-        return cache, output.last_hidden_state[:, -1].expand(rows, -1)
+        if len(ids) == 1 or cache is None:
+            return cache, output.last_hidden_state[:, -1].expand(len(ids), -1)
+        if all(type(layer) in _REPEATABLE for layer in cache.layers):
+            cache.batch_repeat_interleave(len(ids))
+            return cache, output.last_hidden_state[:, -1].expand(len(ids), -1)
+        output = run(input_ids=ids, use_cache=True)
+        return output.past_key_values, output.last_hidden_state[:, -1]
 
-    def _next(self, ids: Tensor, cache: Any) -> Tensor:
-        """Hidden states [R, D] of the last tokens of `ids`; without a cache, from all of them."""
+    def _next(self, ids: Tensor, cache: Any) -> tuple[Any, Tensor]:
+        """The cache of `ids` [R, S], and the hidden states [R, D] of their last tokens."""
         run = decoder(self.model)
-        if cache is None:
-            output = run(input_ids=ids)
+        if cache is None or ids.shape[1] == self._rope_limit + 1:  # keys of other frequencies
+            output = run(input_ids=ids, use_cache=True)
+            cache = getattr(output, "past_key_values", None)
         else:
             output = run(input_ids=ids[:, -1:], past_key_values=cache, use_cache=True)
-        states: Tensor = output.last_hidden_state
-        return states[:, -1]
+        return cache, output.last_hidden_state[:, -1]

@@ -42,8 +42,8 @@ class Layers:
 def probe(model: Any) -> Layers | str:
     """The layers of `model`, or why it cannot run on pages."""
     config = text_config(model)
-    if why := _moving_rope(config):
-        return why
+    if limit := moving_rope(config):
+        return f"its rotary frequencies change when a row of the batch passes {limit} tokens"
     global _found
     _found = Layers(context=context_length(model))
     device = lm_head(model).weight.device
@@ -64,17 +64,18 @@ def probe(model: Any) -> Layers | str:
     return _found.oddities[0] if _found.oddities else _found
 
 
-def _moving_rope(config: Any) -> str | None:
-    """Rotary frequencies that depend on the longest row of a batch change what was cached."""
+def moving_rope(config: Any) -> int:
+    """The length beyond which a model's rotary frequencies are others, for every token of a batch
+    as soon as one row is longer ("longrope"); 0: they never change within the context."""
     parameters = getattr(config, "rope_parameters", None) or {}
-    nested = [p for p in parameters.values() if isinstance(p, dict)] or [parameters]
     context = getattr(config, "max_position_embeddings", 0)
-    for rope in nested:
-        kind = rope.get("rope_type")
-        original = rope.get("original_max_position_embeddings") or 0
-        if kind in ("dynamic", "longrope") and context > original:
-            return f"its rotary frequencies ({kind}) depend on the length of the batch"
-    return None
+    for rope in [parameters, *(p for p in parameters.values() if isinstance(p, dict))]:
+        original = rope.get("original_max_position_embeddings") or getattr(
+            config, "original_max_position_embeddings", None
+        )
+        if rope.get("rope_type") == "longrope" and original and original < context:
+            return int(original)
+    return 0
 
 
 # Where the registered functions leave what they see; transformers calls them, not we.

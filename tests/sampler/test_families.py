@@ -49,7 +49,7 @@ def greedy(model: Any, prompt: list[int], tokens: int = TOKENS) -> list[int]:
         output_logits=True,
     )
     best = torch.cat(made.logits).float().topk(2).values
-    assert (best[:, 0] - best[:, 1]).min() > 5e-4, "a tie: take another seed of weights"
+    assert (best[:, 0] - best[:, 1]).min() > 1e-3, "a tie: take another seed of weights"
     tokens_made: list[int] = made.sequences[0, len(prompt) :].tolist()
     return tokens_made
 
@@ -173,6 +173,15 @@ def test_what_pages_cannot_serve_falls_back_with_one_warning(
         torch.testing.assert_close(torch.tensor(row.logprobs), expected, atol=1e-4, rtol=0)
         torch.testing.assert_close(logps, expected, atol=1e-4, rtol=0)
     check_that_the_model_comes_back(model, case.sampler)
+
+
+def test_a_row_that_grows_into_other_rotary_frequencies() -> None:
+    """Keys that were cached with the frequencies of short rows must not serve a long one."""
+    model = UNSUPPORTED["phi3 with longrope"]()
+    prompt = LONG[:105]
+    (output,) = Sampler(model).generate([prompt], SamplingParams(n=2, temperature=0, max_tokens=12))
+    expected = greedy(model, prompt, tokens=12)
+    assert [row.token_ids for row in output.outputs] == [expected, expected]
 
 
 @pytest.fixture

@@ -25,9 +25,18 @@ def test_layers_and_their_shapes(make_model: Callable[..., Any]) -> None:
             "mask of layer",
         ),
         (
-            "llama",
-            {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}},
-            "dynamic",
+            "phi3",
+            {
+                "original_max_position_embeddings": 64,
+                "rope_parameters": {
+                    "rope_type": "longrope",
+                    "rope_theta": 1e4,
+                    "short_factor": [1.0] * 4,
+                    "long_factor": [2.0] * 4,
+                    "original_max_position_embeddings": 64,
+                },
+            },
+            "passes 64 tokens",
         ),
         (
             "lfm2",

@@ -37,6 +37,8 @@ from srlm_kernels.logits_grad_triton import logits_grad_triton
 from srlm_kernels.merge_states_triton import merge_states_triton
 from srlm_kernels.pair_grad_triton import pair_grad_triton
 from srlm_kernels.row_stats_triton import row_stats_triton
+from srlm_kernels.sample import SampleParams
+from srlm_kernels.sample_triton import sample_triton
 from srlm_kernels.tree_attention import TreePlan
 from srlm_kernels.tree_attention_triton import partial_states
 
@@ -159,8 +161,8 @@ def tree_attention_cases() -> Iterator[tuple[str, Launch]]:
     ):
         for (key, value), rows in product(widths, (16, 128)):
             query = torch.zeros(128, 8, key, dtype=dtype)
-            pages = [torch.zeros(4, 8, 64, width, dtype=dtype) for width in (key, value)]
-            launches = ((rows, 0, 2),)
+            pages = [torch.zeros(4, 2, 64, width, dtype=dtype) for width in (key, value)]
+            launches = ((rows // 4, 0, 2),)
             plan = TreePlan(int32(2, 4), int32(2, 4), int32(128), int32(129), int32(128), launches)
             for window, softcap in ((None, None), (100, None), (100, 30.0)):
                 what = f"{' window' * (window is not None)}{' capped' * (softcap is not None)}"
@@ -188,6 +190,28 @@ def page_cases() -> Iterator[tuple[str, Launch]]:
             f"kv_write {heads} {width}",
             partial(kv_write_triton, key, key, pages, pages, slot),
         )
+
+
+def sample_cases() -> Iterator[tuple[str, Launch]]:
+    rows = 32
+    seed, ones = torch.zeros(rows, dtype=torch.int64), torch.ones(rows)
+    whole = ones.int()
+    for dtype, columns in product((torch.float32, torch.bfloat16), (32768, 50257)):
+        logits, seen = torch.zeros(rows, columns, dtype=dtype), torch.zeros(rows, columns).bool()
+        given = {"bias": torch.zeros(columns), "seen": seen, "is_stop": seen[0]}
+        every = SampleParams(ones, whole, ones, ones, ones, whole)
+        for name, params, options in (
+            ("plain", SampleParams(ones), {}),
+            ("top_k", SampleParams(ones, top_k=whole), {}),
+            ("top_p", SampleParams(ones, top_p=ones), {}),
+            ("min_p", SampleParams(ones, min_p=ones), {}),
+            ("processed", every._replace(top_k=None, top_p=None, min_p=None), given),
+            ("everything", every, given),
+        ):
+            yield (
+                f"sample {dtype} {columns} {name}",
+                lambda z=logits, p=params, o=options: sample_triton(z, seed, seed, p, **o),
+            )
 
 
 def operations_of(kernel: Any) -> tuple[int, list[str]]:
@@ -248,7 +272,7 @@ def main(arguments: list[str] | None = None) -> int:
     linear_logp_tiled.takes = lambda hidden, weight: None
     cases = [
         *row_stats_cases(), *logits_grad_cases(), *pair_grad_cases(), *linear_logp_cases(),
-        *tree_attention_cases(), *page_cases(),
+        *tree_attention_cases(), *page_cases(), *sample_cases(),
     ]  # fmt: skip
     print(f"triton {triton.__version__}, {len(cases)} kernels")
     failures = 0

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from srlm_kernels import Draw, SampleParams, sample
 from srlm_kernels.backends import refusal
-from srlm_kernels.sample import SPLITMIX64
+from srlm_kernels.sample import SPLITMIX64, uniforms
 from srlm_kernels.triton_support import INTERPRETED
 
 DEVICES = {"torch": "cpu", "cpp": "cpu", "triton": "cuda" if torch.cuda.is_available() else "cpu"}
@@ -109,6 +109,26 @@ def textbook(
     keep &= probs >= min_p * probs.max()
     mass = float((probs * keep).sum())
     return probs * keep / mass, mass
+
+
+def assert_same_draws(impl: str, rows: int, columns: int, **values: Any) -> None:
+    """Tokens are those of the reference but for one in 10^4, and such a one is its neighbour in the
+    CDF, at a boundary next to the uniform."""
+    different = 0
+    for first in range(0, rows, 1000):
+        seed = torch.arange(first, min(rows, first + 1000))
+        logits = normal(len(seed), columns, seed=first)
+        ours, theirs = (draw(name, logits, seed=seed, **values) for name in (impl, "torch"))
+        for r in (ours.token != theirs.token).nonzero()[:, 0].tolist():
+            different += 1
+            probs, _ = textbook(logits[r], **values)
+            low, high = sorted((int(ours.token[r]), int(theirs.token[r])))
+            assert probs[low + 1 : high].sum() < 1e-7
+            assert abs(probs[: low + 1].sum() - uniforms(seed[r], torch.tensor(0))) < 1e-6
+        same = ours.token == theirs.token
+        for x, y in zip(ours[1:4], theirs[1:4], strict=True):
+            torch.testing.assert_close(x[same], y[same], atol=3e-6, rtol=1e-6)
+    assert different <= rows * 1e-4
 
 
 def chi_square(observed: Tensor, expected: Tensor) -> float:

@@ -19,6 +19,9 @@ FILES = (
     "test_tree_attention_triton.py",
     "test_merge_states_triton.py",
     "test_kv_write_triton.py",
+    "test_sample.py",
+    "test_sample_triton.py",
+    "test_sample_distribution.py",
 )
 
 

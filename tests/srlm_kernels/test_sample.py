@@ -13,7 +13,7 @@ from srlm_kernels.triton_support import INTERPRETED
 from tests.srlm_kernels.draws import IMPLEMENTATIONS, draw, normal, parameters, seeds_of, textbook
 
 INF, NAN = float("inf"), float("nan")
-FEW, MANY = (20, 60) if INTERPRETED else (100, 2000)
+FEW, MANY = (15, 45) if INTERPRETED else (100, 2000)
 # One parameter per row in turn: a batch mixes what is off, mild and strict.
 MIXED: dict[str, list[Any]] = {
     "temperature": [1.0, 0.7, 1.8, 0.0, 1.0],

@@ -38,6 +38,8 @@ class Variant:
     """Which result of the oracle the outputs must match; None: a bound, which computes none."""
     compiles: bool = False
     """The first call takes tens of seconds."""
+    elsewhere: bool = False
+    """It computes in a process of its own, whose memory is not seen from here."""
 
 
 @dataclass(frozen=True)

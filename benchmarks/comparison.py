@@ -163,6 +163,8 @@ class Comparison:
     def _peak(self, name: str, call: Call) -> memory.Peak:
         if not self.with_memory:
             return None, "not measured in this suite"
+        if self.case.variants[name].elsewhere:
+            return None, "it computes in a process of its own"
         if self.case.device == "cuda":
             return memory.peak_on_gpu(call)
         left = self.budget.left()

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -29,7 +31,8 @@ def kv_write_triton(
         )  # fmt: skip
 
 
-@jit
+# Prompts come in all lengths: no reason to compile anew.
+@partial(jit, do_not_specialize=("tokens",))
 def _kv_write_kernel(
     key,
     value,
@@ -56,21 +59,26 @@ def _kv_write_kernel(
     BLOCK_DV: tl.constexpr,
 ):
     token = tl.program_id(0) * SOME + tl.arange(0, SOME)
-    head = tl.program_id(1)
-    where = tl.load(slot + token, mask=token < tokens, other=-1)
-    written = (where >= 0)[:, None]
-    page, offset = where // PAGE, where % PAGE
+    head = tl.program_id(1).to(tl.int64)
+    slot = tl.load(slot + token, mask=token < tokens, other=-1)
     token = token.to(tl.int64)
-    d = tl.arange(0, BLOCK_DK)
-    mask = written & (d < DK)[None, :]
-    source = token * key_token_stride + head * key_head_stride
-    target = page * key_page_stride + head * key_pages_head_stride + offset * key_slot_stride
-    x = tl.load(key + source[:, None] + d[None, :], mask=mask)
-    tl.store(key_pages + target[:, None] + d[None, :] * key_stride, x, mask=mask)
-    d = tl.arange(0, BLOCK_DV)
-    mask = written & (d < DV)[None, :]
-    source = token * value_token_stride + head * value_head_stride
-    target = page * value_page_stride + head * value_pages_head_stride
-    target += offset * value_slot_stride
-    x = tl.load(value + source[:, None] + d[None, :], mask=mask)
-    tl.store(value_pages + target[:, None] + d[None, :] * value_stride, x, mask=mask)
+    _copy(
+        key + token * key_token_stride + head * key_head_stride,
+        key_pages + slot // PAGE * key_page_stride + head * key_pages_head_stride,
+        slot, key_slot_stride, key_stride, DK, BLOCK_DK,
+    )  # fmt: skip
+    _copy(
+        value + token * value_token_stride + head * value_head_stride,
+        value_pages + slot // PAGE * value_page_stride + head * value_pages_head_stride,
+        slot, value_slot_stride, value_stride, DV, BLOCK_DV,
+    )  # fmt: skip
+
+
+@jit
+def _copy(source, page, slot, slot_stride, stride, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """A vector from each of `source` into its slot, unless that is negative."""
+    column = tl.arange(0, BLOCK)[None, :]
+    mask = (slot >= 0)[:, None] & (column < WIDTH)
+    target = page + slot % PAGE * slot_stride
+    x = tl.load(source[:, None] + column, mask=mask)
+    tl.store(target[:, None] + column * stride, x, mask=mask)

@@ -85,5 +85,5 @@ def decoder(model: Any) -> Any:
     """The module below the head: takes token ids, returns `last_hidden_state`."""
     if hasattr(model, "get_base_model"):  # a PEFT wrapper; its adapters live inside the modules
         model = model.get_base_model()
-    # Llama 4's text model names another prefix than it has.
-    return model.get_decoder() if model.base_model is model else model.base_model
+    # Llama 4's text model is called `model`, not what its prefix says.
+    return model.model if model.base_model is model else model.base_model

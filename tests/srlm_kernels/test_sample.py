@@ -31,7 +31,7 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "all": ("temperature", "top_k", "top_p", "min_p"),
 }
 # One token; less than a vector, a block or a group; tails of each; more than one block.
-COLUMNS = [1, 2, 17, 31, 255, 257, 1000, 4096, 5021]
+COLUMNS = [1, 2, 17, 31, 255, 257, 1000, 2048, 5021]
 
 
 @pytest.fixture(params=IMPLEMENTATIONS)

@@ -1,6 +1,6 @@
 """What only a GPU can show of attention over pages: tensor cores, graphs, offsets beyond 32 bits.
 
-The arithmetic is tested by test_tree_attention_triton.py and its neighbours, which run on a GPU too.
+The arithmetic is tested by test_tree_attention_triton.py and its neighbours, on a GPU too.
 """
 
 import pytest
@@ -68,7 +68,7 @@ def test_the_size_of_a_tile_does_not_show(heads, dtype) -> None:
         return torch.cat([o, lse[..., None]], 2)[: len(work.items)]
 
     small = states(16)
-    assert small.isfinite().all()
+    assert not small.isnan().any()  # a window may hide all of an item, which is -inf
     assert all(states(rows).equal(small) for rows in (32, 64, 128))
 
 

@@ -78,7 +78,6 @@ JUDGE = Workload("judge", prompts=16, length=500, n=3, new_tokens=64, shared=300
 # The main one first; then other lengths, other numbers of samples, and the other phases of a round.
 WORKLOADS = {
     "smoke": (
-        Workload("sample", prompts=2, length=70, n=2, new_tokens=5),
         Workload("judge", prompts=3, length=100, n=2, new_tokens=5, shared=70),
         Workload("score", prompts=1, length=70, n=2, new_tokens=9),
     ),

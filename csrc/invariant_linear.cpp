@@ -90,7 +90,7 @@ template <class T>
 struct Block {
   const T* from[kLanes];
   int64_t whole;  // words in whole tiles
-  int64_t ahead;  // elements from a tile to the one that is to be fetched early; 0: none
+  int64_t ahead;  // elements from a tile to the one that is fetched early
   Tile last;      // what is left of the rows, and zeros
 
   Block(const Rows<const T>& matrix, int64_t row, int64_t rows, int64_t columns, int64_t ahead = 0)
@@ -115,7 +115,6 @@ struct Block {
     const int64_t column = k * kPerWord<T>;
 #pragma GCC unroll 16
     for (int64_t i = 0; i < kRows; ++i) std::memcpy(&tile[i], row[i] + column, sizeof(Words));
-    if (ahead == 0) return;
     for (int64_t i = 0; i < kRows; ++i) __builtin_prefetch(row[i] + column + ahead);
   }
 };
@@ -248,10 +247,10 @@ void multiply(const Tensor& out, const Tensor& x, const Tensor& weight, const fl
   const Strips<T> strips(flat_rows<const T>(x), rows, depth);
   const auto to = flat_rows<Out>(out);
   const auto w = rows_of<const T>(weight);
-  // Each row of a tile is a stream of its own: short ones end before the hardware has seen them.
-  const int64_t row_bytes = depth * int64_t(sizeof(T));
-  const bool in_cache = columns * row_bytes < (1 << 22);
-  const int64_t ahead = row_bytes > 2048 || in_cache ? 0 : kWidth * w.stride;
+  // A tile is read from sixteen streams of memory, more than the hardware follows by itself: the
+  // next group's words are fetched early, or, where rows are long, those some tiles further on.
+  const bool long_rows = depth * sizeof(T) > 4096;
+  const int64_t ahead = long_rows ? 256 / int64_t(sizeof(T)) : kWidth * w.stride;
   const auto run = [&](int64_t n) {
     const Group<T> group{{w, n, columns, depth, ahead}, {w, n + kLanes, columns, depth, ahead}};
     for (int64_t row = 0; row < rows; row += strips.size(row)) {

@@ -13,11 +13,13 @@
 namespace srlm {
 namespace {
 
+using Bytes = uint8_t __attribute__((vector_size(kLanes)));
+
 template <class T>
 struct Row {
   const T* logits;
   int64_t columns;
-  const float* bias;            // nullptr: none
+  const float* bias;             // nullptr: none
   const uint8_t *seen, *banned;  // nullptr: no token
   float penalty;
 
@@ -95,32 +97,29 @@ Result draw(const Row<T>& row, const Settings& settings, Scratch& scratch) {
   const float* const x = processed(row, scratch.scores.get());
   const Gap gap{best_of(x, row.columns, scratch.tops), settings.sharpness()};
   const Cdf all(x, row.columns, gap, -kInfinity, scratch.blocks.get());
-  const bool drawable = std::isfinite(gap.best) && !std::isnan(all.mass);
-  int64_t token = 0;
-  double kept = all.mass;
-  if (!drawable) {
-  } else if (settings.greedy()) {
-    token = std::find(x, x + row.columns, gap.best) - x;
-    kept = 1;
-  } else if (settings.cuts()) {
-    Entries& some = scratch.candidates;
-    const Limits limits{settings.top_k, settings.top_p, settings.min_p};
-    const float cutoff = limits.cutoff(x, row.columns, gap, all.mass, scratch.tops, some);
-    const Cdf cdf(some.gap.get(), some.count, Gap{}, cutoff, scratch.blocks.get());
-    token = some.id[cdf.at(settings.uniform * cdf.mass)];
-    kept = cdf.mass;
-  } else {
-    token = all.at(settings.uniform * all.mass);
+  Result result{0, NAN, NAN, NAN};
+  if (std::isfinite(gap.best) && !std::isnan(all.mass)) {
+    double kept = all.mass;
+    if (settings.greedy()) {
+      result.token = std::find(x, x + row.columns, gap.best) - x;
+      kept = 1;
+    } else if (settings.cuts()) {
+      Entries& some = scratch.candidates;
+      const Limits limits{settings.top_k, settings.top_p, settings.min_p};
+      const float cutoff = limits.cutoff(x, row.columns, gap, all.mass, scratch.tops, some);
+      const Cdf cdf(some.gap.get(), some.count, Gap{}, cutoff, scratch.blocks.get());
+      result.token = some.id[cdf.at(settings.uniform * cdf.mass)];
+      kept = cdf.mass;
+    } else {
+      result.token = all.at(settings.uniform * all.mass);
+    }
+    result.sample_logprob = settings.greedy() ? 0 : gap(x[result.token]) - std::log(kept);
+    result.kept_mass = std::min(kept / all.mass, 1.0);
   }
-  double lse;
-  if (!row.as_it_came()) lse = log_sum_exp(row.logits, row.columns);
-  else if (gap.sharpness != 1) lse = log_sum_exp(x, row.columns);
-  else lse = gap.best + std::log(all.mass);
-  Result result{token, float(load(row.logits + token, 1)[0] - lse), NAN, NAN};
-  if (drawable) {
-    result.sample_logprob = settings.greedy() ? 0 : float(gap(x[token]) - std::log(kept));
-    result.kept_mass = float(std::min(kept / all.mass, 1.0));
-  }
+  const double lse = !row.as_it_came()    ? log_sum_exp(row.logits, row.columns)
+                     : gap.sharpness != 1 ? log_sum_exp(x, row.columns)
+                                          : gap.best + std::log(all.mass);
+  result.logprob = load(row.logits + result.token, 1)[0] - lse;
   return result;
 }
 
@@ -147,6 +146,48 @@ struct PerRow {
   T operator[](int64_t row) const { return rows ? *(*rows)[row] : otherwise; }
 };
 
+// What the rows of one call are drawn with.
+struct Call {
+  int64_t columns;
+  PerRow<float> temperature, top_p, min_p, penalty;
+  PerRow<int32_t> top_k, min_tokens;
+  Rows<const int64_t> seed, step;
+  const float* bias;  // nullptr: none
+  std::optional<Rows<const uint8_t>> seen;
+  const uint8_t* is_stop;  // nullptr: no token
+
+  template <class T>
+  Result operator()(const T* logits, int64_t r, Scratch& scratch) const {
+    const bool marks = seen && penalty[r] != 1, bans = is_stop && *step[r] < min_tokens[r];
+    const Row<T> row{logits, columns, bias, marks ? (*seen)[r] : nullptr, bans ? is_stop : nullptr,
+                     penalty[r]};
+    const Settings settings{temperature[r], top_p[r], min_p[r], top_k[r],
+                            uniform(*seed[r], *step[r])};
+    return draw(row, settings, scratch);
+  }
+};
+
+template <class T>
+void draw_rows(const Call& call, const Tensor& logits, const Tensor& token, const Tensor& numbers,
+               const Tensor& stopped) {
+  const int64_t rows = logits.size(0);
+  const auto z = rows_of<const T>(logits);
+  const auto tokens = rows_of<int64_t>(token);
+  const auto ends = rows_of<bool>(stopped);
+  float* const out = static_cast<float*>(numbers.data_ptr());
+  torch::stable::parallel_for(0, rows, grain(call.columns), [&](int64_t begin, int64_t end) {
+    Scratch scratch(call.columns);
+    for (int64_t r = begin; r < end; ++r) {
+      const Result result = call(z[r], r, scratch);
+      *tokens[r] = result.token;
+      *ends[r] = call.is_stop && call.is_stop[result.token];
+      out[r] = result.logprob;
+      out[rows + r] = result.sample_logprob;
+      out[2 * rows + r] = result.kept_mass;
+    }
+  });
+}
+
 void sample(const Tensor& token, const Tensor& numbers, const Tensor& stopped, const Tensor& logits,
             const Tensor& seed, const Tensor& step, const Tensor& temperature,
             const std::optional<Tensor>& top_k, const std::optional<Tensor>& top_p,
@@ -155,17 +196,18 @@ void sample(const Tensor& token, const Tensor& numbers, const Tensor& stopped, c
             const std::optional<Tensor>& seen, const std::optional<Tensor>& is_stop) {
   const int64_t rows = logits.size(0), columns = logits.size(1);
   const ScalarType dtype = logits.scalar_type();
-  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16,
+  constexpr ScalarType kFloat = ScalarType::Float, kInt = ScalarType::Int;
+  STD_TORCH_CHECK(dtype == kFloat || dtype == ScalarType::BFloat16,
                   "logits must be fp32 or bf16");
   check_matrix(logits, rows, columns, dtype);
   STD_TORCH_CHECK(columns > 0 || rows == 0, "there is no token to draw");
   check_vector(token, rows, ScalarType::Long, "token must be [R] int64");
   check_vector(stopped, rows, ScalarType::Bool, "stopped must be [R] bool");
-  STD_TORCH_CHECK(numbers.dim() == 2 && numbers.size(0) == 3 && numbers.size(1) == rows &&
-                      numbers.scalar_type() == ScalarType::Float && numbers.is_contiguous(),
-                  "numbers must be [3, R] fp32, contiguous");
   check_vector(seed, rows, ScalarType::Long, "seed must be [R] int64");
   check_vector(step, rows, ScalarType::Long, "step must be [R] int64");
+  STD_TORCH_CHECK(numbers.dim() == 2 && numbers.size(0) == 3 && numbers.size(1) == rows &&
+                      numbers.scalar_type() == kFloat && numbers.is_contiguous(),
+                  "numbers must be [3, R] fp32, contiguous");
   STD_TORCH_CHECK(!seen || (seen->dim() == 2 && seen->size(0) == rows &&
                             seen->size(1) == columns && (columns < 2 || seen->stride(1) == 1) &&
                             seen->scalar_type() == ScalarType::Bool),
@@ -174,40 +216,21 @@ void sample(const Tensor& token, const Tensor& numbers, const Tensor& stopped, c
                                is_stop->is_contiguous() &&
                                is_stop->scalar_type() == ScalarType::Bool),
                   "is_stop must be [V] bool, contiguous");
-
-  constexpr ScalarType kFloat = ScalarType::Float, kInt = ScalarType::Int;
-  const PerRow<float> temperatures(temperature, rows, kFloat, 1), top_ps(top_p, rows, kFloat, 1),
-      min_ps(min_p, rows, kFloat, 0), penalties(repetition_penalty, rows, kFloat, 1);
-  const PerRow<int32_t> top_ks(top_k, rows, kInt, 0), minima(min_tokens, rows, kInt, 0);
-  const auto seeds = rows_of<const int64_t>(seed), steps = rows_of<const int64_t>(step);
-  const auto tokens = rows_of<int64_t>(token);
-  const auto stops = rows_of<uint8_t>(stopped);
-  const float* const biases = bias_of(bias, columns);
-  const uint8_t* const ends = is_stop ? static_cast<const uint8_t*>(is_stop->data_ptr()) : nullptr;
-  float* const out = static_cast<float*>(numbers.data_ptr());
-
-  const auto run = [&](auto type) {
-    using T = decltype(type);
-    const auto z = rows_of<const T>(logits);
-    torch::stable::parallel_for(0, rows, grain(columns), [&](int64_t begin, int64_t end) {
-      Scratch scratch(columns);
-      for (int64_t r = begin; r < end; ++r) {
-        const bool marks = seen && penalties[r] != 1, bans = ends && *steps[r] < minima[r];
-        const Row<T> row{z[r], columns, biases, marks ? rows_of<const uint8_t>(*seen)[r] : nullptr,
-                         bans ? ends : nullptr, penalties[r]};
-        const Settings settings{temperatures[r], top_ps[r], min_ps[r], top_ks[r],
-                                uniform(*seeds[r], *steps[r])};
-        const Result result = draw(row, settings, scratch);
-        *tokens[r] = result.token;
-        *stops[r] = ends && ends[result.token];
-        out[r] = result.logprob;
-        out[rows + r] = result.sample_logprob;
-        out[2 * rows + r] = result.kept_mass;
-      }
-    });
-  };
-  if (dtype == ScalarType::Float) run(float{});
-  else run(BFloat16{});
+  Call call{.columns = columns,
+            .temperature = {temperature, rows, kFloat, 1},
+            .top_p = {top_p, rows, kFloat, 1},
+            .min_p = {min_p, rows, kFloat, 0},
+            .penalty = {repetition_penalty, rows, kFloat, 1},
+            .top_k = {top_k, rows, kInt, 0},
+            .min_tokens = {min_tokens, rows, kInt, 0},
+            .seed = rows_of<const int64_t>(seed),
+            .step = rows_of<const int64_t>(step),
+            .bias = bias_of(bias, columns),
+            .seen = {},
+            .is_stop = is_stop ? static_cast<const uint8_t*>(is_stop->data_ptr()) : nullptr};
+  if (seen) call.seen = rows_of<const uint8_t>(*seen);
+  if (dtype == kFloat) draw_rows<float>(call, logits, token, numbers, stopped);
+  else draw_rows<BFloat16>(call, logits, token, numbers, stopped);
 }
 
 }  // namespace

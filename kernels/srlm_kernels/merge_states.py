@@ -72,7 +72,6 @@ def merge_states_ref(
     o, lse = o[entry], lse[entry]
     top = lse.new_full((tokens, lse.shape[1]), -torch.inf)
     top = top.scatter_reduce(0, token[:, None].expand_as(lse), lse, "amax")
-    top = top if sinks is None else torch.maximum(top, sinks.to(top.dtype))
     top = top.masked_fill(top == -torch.inf, 0)  # -inf minus -inf is NaN
     weight = (lse - top[token]).exp()
     terms = (weight[..., None] * o).masked_fill((lse == -torch.inf)[..., None], 0)

@@ -53,9 +53,6 @@ def _merge_states_kernel(
     whole = inside[:, None] & (column < DV)
     begin, end = tl.load(token_ptr + token), tl.load(token_ptr + token + 1)
     top = tl.full([SOME], -float("inf"), tl.float32)
-    if sinks is not None:
-        sink = tl.load(sinks + head, mask=inside, other=0.0).to(tl.float32)
-        top = sink
     for i in range(begin, end):
         row = tl.load(token_entries + i).to(tl.int64) * HEADS + head
         top = tl.maximum(top, tl.load(lse + row, mask=inside, other=0.0))
@@ -70,7 +67,7 @@ def _merge_states_kernel(
         part = tl.load(o + row[:, None] * DV + column, mask=whole, other=0.0)
         acc += tl.where((x == -float("inf"))[:, None], 0.0, weight[:, None] * part)
     if sinks is not None:
-        total += tl.exp(sink - top)
+        total += tl.exp(tl.load(sinks + head, mask=inside, other=0.0).to(tl.float32) - top)
     acc = acc / tl.where(total == 0, 1.0, total)[:, None]
     row = token.to(tl.int64) * HEADS + head
     tl.store(out + row[:, None] * DV + column, acc.to(out.dtype.element_ty), mask=whole)

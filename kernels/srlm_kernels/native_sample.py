@@ -30,7 +30,7 @@ def sample_cpp(
     native.require()
     rows = logits.shape[0]
     token = torch.empty(rows, dtype=torch.int64)
-    numbers = torch.empty(3, rows)
+    numbers = torch.empty(3, rows, dtype=torch.float32)
     stopped = torch.empty(rows, dtype=torch.bool)
     torch.ops.srlm_kernels_c.sample.default(
         token, numbers, stopped, logits, seed, step, *params, bias, seen, is_stop

@@ -99,19 +99,16 @@ def _check(
     rows, vocabulary = logits.shape
     if rows > 0 and vocabulary == 0:
         raise ValueError("logits have no column to draw from")
-    given = {"seed": seed, "step": step, **params._asdict()}
-    whole = {
-        "seed": torch.int64,
-        "step": torch.int64,
-        "top_k": torch.int32,
-        "min_tokens": torch.int32,
-    }
-    expected = {
-        **{name: (x, (rows,), whole.get(name, torch.float32)) for name, x in given.items()},
+    whole = ("top_k", "min_tokens")
+    expected: dict[str, tuple[Tensor | None, tuple[int, ...], torch.dtype]] = {
+        "seed": (seed, (rows,), torch.int64),
+        "step": (step, (rows,), torch.int64),
         "bias": (bias, (vocabulary,), torch.float32),
         "seen": (seen, (rows, vocabulary), torch.bool),
         "is_stop": (is_stop, (vocabulary,), torch.bool),
     }
+    for name, x in params._asdict().items():
+        expected[name] = (x, (rows,), torch.int32 if name in whole else torch.float32)
     for name, (x, shape, dtype) in expected.items():
         if x is None:
             continue

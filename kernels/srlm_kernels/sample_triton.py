@@ -125,9 +125,9 @@ def _sample_kernel(
     drawn = tl.where(drawable, drawn, 0)
     logprob = tl.load(logits + drawn).to(tl.float32) - raw_lse
     sample_logprob = tl.where(greedy, 0.0, gap - tl.log(mass.to(tl.float32)))
-    kept = tl.where(greedy, (1.0 / unit_total), tl.minimum(mass / total, 1.0).to(tl.float32))
-    tl.store(token + row, drawn.to(tl.int64))
+    kept = tl.where(greedy, 1.0 / unit_total, tl.minimum(mass / total, 1.0).to(tl.float32))
     rows = tl.num_programs(0)
+    tl.store(token + row, drawn.to(tl.int64))
     tl.store(numbers + row, logprob)
     tl.store(numbers + rows + row, tl.where(drawable, sample_logprob, float("nan")))
     tl.store(numbers + 2 * rows + row, tl.where(drawable, kept, float("nan")))
@@ -151,7 +151,7 @@ def _sharpness(row, temperature, top_k):
 @jit
 def _uniform(seed, step):
     """A multiple of 2^-48 in [0, 1): splitmix64 of the seed at its step."""
-    x = (seed + 0).to(tl.uint64, bitcast=True) + (step + 1).to(tl.uint64, bitcast=True) * GOLDEN
+    x = seed.to(tl.uint64, bitcast=True) + (step + 1).to(tl.uint64, bitcast=True) * GOLDEN
     x = (x ^ (x >> 30)) * MIX_1
     x = (x ^ (x >> 27)) * MIX_2
     return ((x ^ (x >> 31)) >> 16).to(tl.int64).to(tl.float64) * 2.0**-48
@@ -215,7 +215,7 @@ def _processed(x, column, inside, processing):
 def _weight(gap):
     """e^gap. Where `tl.exp` rounds the product with log2(e), this keeps what was rounded off, so
     that devices agree on the CDF."""
-    gap = tl.maximum(gap, -200.0, tl.PropagateNan.ALL)
+    gap = tl.maximum(gap, -200.0, tl.PropagateNan.ALL)  # its weight is 0; -inf would give NaN
     product = gap * 1.44269502
     rest = tl.fma(gap, 1.92596303e-8, tl.fma(gap, 1.44269502, -product))
     power = tl.exp2(product)

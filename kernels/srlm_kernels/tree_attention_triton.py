@@ -104,7 +104,7 @@ def launch_options(rows: int, width: int, dtype: torch.dtype) -> tuple[int, dict
         raise ValueError(f"impl='triton' takes heads of up to 256, not {width}; 'torch' takes any")
     rows, arch = max(16, triton.next_power_of_2(rows)), target_arch()
     if dtype == torch.float32:  # no tensor cores: each thread holds whole rows of both factors
-        most = 8 if width <= 64 else 4 if width <= 128 else 1
+        most = 8 if width <= 64 else 256 // width
         return min(rows, most), {"num_warps": 8, "num_stages": 2, "maxnreg": 255}
     most = 64 if width <= (64 if arch < 90 else 128) else 32
     tile = min(rows, most)

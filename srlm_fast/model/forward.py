@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from srlm_fast.errors import UserError
 from srlm_fast.model.load import text_config
 
 
@@ -48,8 +49,15 @@ def lm_head(model: Any) -> Head:
 
     `logit_scale` (Cohere) and `lm_head_multiplier` (Falcon-H1) multiply, `logits_scaling` (Granite)
     divides, `final_logit_softcapping` (Gemma) caps.
+
+    Raises UserError while adapters are on in the head itself: they are no part of its weight.
     """
     layer, config = model.get_output_embeddings(), text_config(model)
+    if hasattr(layer, "base_layer") and not (layer.disable_adapters or layer.merged):
+        raise UserError(
+            "the language-model head has LoRA adapters of its own, which are not supported; leave"
+            " it out of target_modules, train it whole (modules_to_save), or merge the adapters"
+        )
     scale = getattr(config, "logit_scale", None) or getattr(config, "lm_head_multiplier", None)
     divisor = getattr(config, "logits_scaling", None)
     return Head(

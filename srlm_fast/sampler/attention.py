@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,19 +35,18 @@ class Pass:
     impl: str
 
 
-# A module-level value, not a keyword of the model's forward: some families do not pass those on.
-_current: Pass | None = None
+# Not a keyword of the model's forward: some families do not pass those on. Of each thread its own.
+_CURRENT: ContextVar[Pass] = ContextVar("current pass")
 
 
 @contextmanager
 def attending(current: Pass) -> Iterator[None]:
     """The forward pass inside runs under `current`."""
-    global _current
-    _current = current
+    token = _CURRENT.set(current)
     try:
         yield
     finally:
-        _current = None
+        _CURRENT.reset(token)
 
 
 @contextmanager
@@ -54,8 +54,8 @@ def attention_named(config: Any, name: str = _NAME) -> Iterator[None]:
     """Attention layers inside call the function registered as `name`, ours unless said; the
     configuration is restored in any case."""
     previous = config._attn_implementation
-    config._attn_implementation = name
     try:
+        config._attn_implementation = name
         yield
     finally:
         config._attn_implementation = previous
@@ -74,22 +74,23 @@ def _paged_attention(
     **_: Any,
 ) -> tuple[Tensor, None]:
     """[1, T, H, Dv] from query [1, H, T, Dk], key [1, Hkv, T, Dk] and value [1, Hkv, T, Dv]."""
-    if _current is None:
+    current = _CURRENT.get(None)
+    if current is None:
         raise RuntimeError("the model's attention is set to the sampler's, but no sampler runs")
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
-    keys, values = (x[module.layer_idx] for x in (_current.memory.keys, _current.memory.values))
-    kv_write(key, value, keys, values, _current.slot, impl=_current.impl)
+    keys, values = (x[module.layer_idx] for x in (current.memory.keys, current.memory.values))
+    kv_write(key, value, keys, values, current.slot, impl=current.impl)
     mixed = tree_attention(
         query,
         keys,
         values,
-        _current.plan,
-        _current.position,
+        current.plan,
+        current.position,
         scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
         window=sliding_window or None,
         softcap=softcap,
         sinks=s_aux,
-        impl=_current.impl,
+        impl=current.impl,
     )
     return mixed[None], None
 

@@ -82,7 +82,7 @@ def start_state(
         cursor=torch.zeros(1, dtype=torch.int64, device=device),
         tokens_out=torch.zeros(steps, count, dtype=torch.int64, device=device),
         alive_out=torch.zeros(steps, count, dtype=torch.bool, device=device),
-        numbers_out=torch.zeros(steps, 3, count, device=device),
+        numbers_out=torch.zeros(steps, 3, count, dtype=torch.float32, device=device),
     )  # fmt: skip
 
 
@@ -103,14 +103,14 @@ def decode_step(runner: Runner, state: State, plan: TreePlan, rules: Rules) -> N
     page = state.pages.gather(1, column[:, None])[:, 0]
     slot = page * PAGE + state.position % PAGE  # negative where the row has no page
     hidden = runner.forward(state.token, state.position, slot, plan)
-    draw_step(state, runner.logits(hidden), rules)
+    draw_step(state, runner.logits(hidden), rules, runner.impl)
 
 
-def draw_step(state: State, logits: Tensor, rules: Rules) -> None:
-    """The part of a step after the logits [R, V]."""
+def draw_step(state: State, logits: Tensor, rules: Rules, impl: str = "auto") -> None:
+    """The part of a step after the logits [R, V]; `impl` is that of `sample`."""
     draw: Draw = sample(
         logits, state.seed, state.step, state.params,
-        bias=rules.bias, seen=state.seen, is_stop=rules.is_stop,
+        bias=rules.bias, seen=state.seen, is_stop=rules.is_stop, impl=impl,
     )  # fmt: skip
     numbers = torch.stack([draw.logprob, draw.sample_logprob, draw.kept_mass])
     state.tokens_out.index_copy_(0, state.cursor, draw.token[None])
@@ -125,8 +125,8 @@ def draw_step(state: State, logits: Tensor, rules: Rules) -> None:
     state.alive &= ~draw.stopped & (state.step < state.limit)
 
 
-def harvest(rows: Sequence[Row], state: State) -> None:
-    """Appends what the steps drew to the rows and marks those that ended."""
+def harvest(rows: Sequence[Row], state: State) -> int:
+    """Appends what the steps drew to the rows, marks those that ended, and counts the tokens."""
     tokens = state.tokens_out.T.tolist()
     numbers = state.numbers_out.permute(2, 0, 1).tolist()
     counts = state.alive_out.sum(0).tolist()
@@ -135,6 +135,7 @@ def harvest(rows: Sequence[Row], state: State) -> None:
         row.tokens += tokens[i][: counts[i]]
         row.numbers += numbers[i][: counts[i]]
         row.ended = not alive[i] or row.stops.found(row.tokens, counts[i])
+    return sum(counts[: len(rows)])
 
 
 def sample_params(rows: Sequence[Row], count: int, device: torch.device) -> SampleParams:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from logging import getLogger
+from numbers import Integral
 from typing import Any, cast
 
 import torch
@@ -97,9 +98,8 @@ class Sampler:
         with bar_of(progress, len(rows), "seq") as bar:
             for batch in _by_rules(rows):
                 self._run(batch, Meter(bar))
-        made = {key: [completion(row) for row in group] for key, group in asked.items()}
         return [
-            Output(prompt, list(made[tuple(prompt), p]))
+            Output(prompt, [completion(row) for row in asked[tuple(prompt), p]])
             for prompt, p in zip(ids, each, strict=True)
         ]
 
@@ -129,7 +129,7 @@ class Sampler:
             self._check_row(row, prompt, 0)
         self._check_ids(token_ids, "token_ids")
         if not prompts:
-            return torch.empty(0, len(token_ids))
+            return torch.empty(0, len(token_ids), dtype=torch.float32)
         unique = list(dict.fromkeys(map(tuple, prompts)))
         logps = self._engine.next_logprobs(unique, token_ids)
         place = {prompt: i for i, prompt in enumerate(unique)}
@@ -150,15 +150,15 @@ class Sampler:
         """Draws `rows`, which share their stop tokens and bias, to their ends."""
         bias, wanted = None, rows[0].params.logit_bias
         if wanted:
-            bias = torch.zeros(self._vocab)
-            bias[list(wanted)] = torch.tensor(list(wanted.values()))
+            bias = torch.zeros(self._vocab, dtype=torch.float32)
+            bias[list(wanted)] = torch.tensor(list(wanted.values()), dtype=torch.float32)
             bias = bias.to(self._engine.device)
         flags = rows[0].stops.flags(self._vocab, self._engine.device)
         self._engine.generate(rows, Rules(flags, bias), meter)
 
     def _encode(self, prompt: AnyPrompt) -> list[int]:
-        if not isinstance(prompt, str) and (not prompt or isinstance(prompt[0], int)):
-            return list(cast(Sequence[int], prompt))
+        if not isinstance(prompt, str) and (not len(prompt) or isinstance(prompt[0], Integral)):
+            return [int(i) for i in cast(Sequence[int], prompt)]
         if self.tokenizer is None:
             raise UserError(
                 "prompts of text need the tokenizer; give it to Sampler(model, tokenizer)"

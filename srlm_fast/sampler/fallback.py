@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from srlm_fast.model.forward import decoder, hidden_states, lm_head
+from srlm_fast.model.forward import Head, decoder, hidden_states, lm_head
 from srlm_fast.model.load import text_config
 from srlm_fast.sampler.batching import max_rows
 from srlm_fast.sampler.decode import STEPS, Rules, draw_step, harvest, start_state
@@ -36,10 +36,15 @@ class FallbackEngine:
     max_pages = 1 << 40  # no pages: memory is the cache's own business
 
     def __init__(self, model: Any) -> None:
-        self.model, self.head = model, lm_head(model)
+        self.model = model
         self.device: torch.device = self.head.weight.device
         self.vocab = len(self.head.weight)
         self._rope_limit = moving_rope(text_config(model))
+
+    @property
+    def head(self) -> Head:
+        """Looked up every time: loading a checkpoint may have put another one into the model."""
+        return lm_head(self.model)
 
     def generate(
         self, rows: Sequence[Row], rules: Rules, on_end: Callable[[list[Row]], None]
@@ -56,7 +61,10 @@ class FallbackEngine:
         """See `Sampler.score`."""
         with inference(self.model):
             return [
-                [self._score(prompt, ids, bar) if ids else torch.empty(0) for ids in group]
+                [
+                    self._score(prompt, ids, bar) if ids else torch.empty(0, dtype=torch.float32)
+                    for ids in group
+                ]
                 for prompt, group in zip(prompts, completions, strict=True)
             ]
 

@@ -70,15 +70,15 @@ class PrefixForest:
             children, parent = node.children, node
         return path
 
-    def missing(self, prompt: Sequence[int]) -> int:
-        """How many pages `take` would have to find for `prompt`."""
-        children, found = self._roots, 0
+    def claim(self, prompt: Sequence[int]) -> int:
+        """By how many pages `take` of `prompt` lessens what is `available`."""
+        children, in_use = self._roots, 0
         for start in range(0, len(prompt), PAGE):
             node = children.get(tuple(prompt[start : start + PAGE]))
             if node is None:
                 break
-            children, found = node.children, found + 1
-        return -(-len(prompt) // PAGE) - found
+            children, in_use = node.children, in_use + (node.users > 0)
+        return -(-len(prompt) // PAGE) - in_use
 
     def release(self, path: Sequence[Node]) -> None:
         """Ends one use of `path`; its nodes stay until their pages are wanted."""
@@ -89,7 +89,8 @@ class PrefixForest:
     def take_pages(self, count: int) -> list[int]:
         """`count` pages for a private use, evicting unused nodes, the longest unused first."""
         if self.pool.free < count:
-            self._evict(count)
+            # Some more than asked for: to look for the oldest is to look at all of them.
+            self._evict(max(count, self.pool.size // 16))
         return self.pool.take(count)
 
     @property

@@ -44,34 +44,41 @@ class StepGraphs:
         self._graphs: dict[Hashable, _Recorded] = {}
         self._at: Hashable = None
         self._works = True
+        self._pool: Any = None  # of memory for what lives within a step: graphs run one by one
 
     def run(self, state: State, plan: TreePlan, rules: Rules, steps: int) -> State:
         """The state after `steps` steps from `state`. Without graphs where the model cannot be
         recorded, said once."""
-        if self._works and (recorded := self._find(state, plan, rules)):
-            recorded.load(state, plan, rules)
+        with torch.cuda.device(self._runner.device):
+            if self._works and (recorded := self._find(state, plan, rules)):
+                recorded.load(state, plan, rules)
+                for _ in range(steps):
+                    recorded.graph.replay()
+                return recorded.state
             for _ in range(steps):
-                recorded.graph.replay()
-            return recorded.state
-        for _ in range(steps):
-            decode_step(self._runner, state, plan, rules)
+                decode_step(self._runner, state, plan, rules)
         return state
 
     def clear(self) -> None:
         """Forgets all graphs, and with them the memory they hold."""
         self._graphs.clear()
+        self._pool = None
 
     def _find(self, state: State, plan: TreePlan, rules: Rules) -> _Recorded | None:
-        tensors = [*self._runner.model.parameters(), *self._runner.memory.keys]
+        model, memory = self._runner.model, self._runner.memory
+        tensors = [*model.parameters(), *model.buffers(), *memory.keys, *memory.values]
         at = tuple(t.data_ptr() for t in tensors)
-        if at != self._at or len(self._graphs) >= _MOST_GRAPHS:
+        if at != self._at:
             self.clear()
             self._at = at
         shapes = tuple(None if t is None else t.shape for t in _flat(state, plan, rules))
         key = (shapes, plan.launches)
         if key not in self._graphs:
+            if len(self._graphs) >= _MOST_GRAPHS:
+                self.clear()
             try:
-                self._graphs[key] = _Recorded(self._runner, state, plan, rules)
+                self._pool = self._pool or torch.cuda.graph_pool_handle()
+                self._graphs[key] = _Recorded(self._runner, state, plan, rules, self._pool)
             except RuntimeError as error:  # a model that waits for the GPU, for instance
                 self._works = False
                 _LOG.warning("decoding without CUDA graphs, slower: %s", error)
@@ -82,7 +89,9 @@ class StepGraphs:
 class _Recorded:
     """A step recorded on copies of `state`, `plan` and `rules`."""
 
-    def __init__(self, runner: Runner, state: State, plan: TreePlan, rules: Rules) -> None:
+    def __init__(
+        self, runner: Runner, state: State, plan: TreePlan, rules: Rules, pool: Any
+    ) -> None:
         self.state, self._plan, self._rules = _copies(state, plan, rules)
         # Kernels are compiled and workspaces made by a step outside of the graph. It writes to
         # memory what the first replay will write again.
@@ -92,7 +101,7 @@ class _Recorded:
             decode_step(runner, self.state, self._plan, self._rules)
         torch.cuda.current_stream().wait_stream(side)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
+        with torch.cuda.graph(self.graph, pool=pool):
             decode_step(runner, self.state, self._plan, self._rules)
 
     def load(self, state: State, plan: TreePlan, rules: Rules) -> None:

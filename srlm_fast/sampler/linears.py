@@ -24,27 +24,30 @@ _MOST_BF16_ROWS = 128
 
 
 @contextmanager
-def invariant_linears(model: Any, device: torch.device) -> Iterator[None]:
+def invariant_linears(model: Any) -> Iterator[None]:
     """Every plain `nn.Linear` of `model` computes by `invariant_linear` inside, if it can."""
     layers = [
         layer
         for layer in model.modules()
         if type(layer) is torch.nn.Linear and "forward" not in vars(layer)
     ]
-    if device.type != "cpu":
-        layers = []
-    for layer in layers:
-        layer.forward = partial(linear, layer.weight, layer.bias)  # type: ignore[method-assign]
     try:
+        for layer in layers:
+            layer.forward = partial(_forward, layer)  # type: ignore[method-assign]
         yield
     finally:
         for layer in layers:
-            del layer.forward
+            vars(layer).pop("forward", None)
+
+
+def _forward(layer: torch.nn.Linear, x: Tensor) -> Tensor:
+    # Looked up now: hooks of weight normalisation or pruning have just made the weight.
+    return linear(layer.weight, layer.bias, x)
 
 
 def head_products(head: Head, hidden: Tensor) -> Tensor:
     """hidden @ weight.T + bias [R, V], float32 sums kept as such where the device can."""
-    if hidden.dtype == torch.float32 or hidden.dtype != head.weight.dtype:
+    if hidden.dtype not in (torch.bfloat16, torch.float16) or hidden.dtype != head.weight.dtype:
         return linear(head.weight, head.bias, hidden)
     if hidden.is_cuda:
         products = torch.mm(hidden, head.weight.T, out_dtype=torch.float32)

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from srlm_fast.model.load import text_config
+from srlm_fast.model.load import context_length
 from srlm_fast.sampler import prefill, scoring
-from srlm_fast.sampler.attention import attention_named
 from srlm_fast.sampler.batching import default_pages, max_rows, pages_of
 from srlm_fast.sampler.decode import (
     STEPS,
@@ -25,14 +24,12 @@ from srlm_fast.sampler.decode import (
 )
 from srlm_fast.sampler.forest import Node, PrefixForest
 from srlm_fast.sampler.graphs import StepGraphs, bucket, round_up
-from srlm_fast.sampler.linears import invariant_linears
-from srlm_fast.sampler.phase import inference
 from srlm_fast.sampler.pool import PagePool
 from srlm_fast.sampler.probe import Layers
 from srlm_fast.sampler.rows import Row, own_pages
 from srlm_fast.sampler.runner import Runner
 from srlm_fast.sampler.scheduler import Scheduler
-from srlm_fast.sampler.version import weights_version
+from srlm_fast.sampler.version import Version, weights_version
 from srlm_kernels.backends import row_backend
 
 
@@ -49,10 +46,12 @@ class PagedEngine:
         self.model, self.steps = model, steps
         self.runner = Runner(model, layers, impl)
         self.graphs = StepGraphs(self.runner)
-        self.max_pages = max_pages or default_pages(self.runner.memory.page_bytes, self.device)
+        self.max_pages = max_pages or default_pages(
+            self.runner.memory.page_bytes, self.device, context_length(model)
+        )
         self.name = f"paged ({row_backend(impl, self.runner.head.weight)})"
         self.preemptions = 0
-        self._version: Hashable = None
+        self._version: Version | None = None
         self.sleep()
 
     @property
@@ -76,11 +75,7 @@ class PagedEngine:
 
         Whatever breaks the phase, the model is restored and all pages are free again.
         """
-        with (
-            inference(self.model),
-            attention_named(text_config(self.model)),
-            invariant_linears(self.model, self.device),
-        ):
+        with self.runner.borrowed_model():
             try:
                 self._forget_old_weights()
                 self._grow(pages)
@@ -142,14 +137,15 @@ class PagedEngine:
             if row.tokens and not row.path[-1].filled:
                 stretches.append(prefill.prompt_stretch(row.path))
             if len(row.tokens) > 1:
-                stretches.append(prefill.own_stretch(row.path, row.pages, row.tokens[:-1]))
+                known = row.tokens[:-1]
+                stretches.append(prefill.own_stretch(row.path, row.pages, known, drawn=True))
         states = self._compute(stretches)[: len(paths)]
         if fresh:
             rows = [row for group in first.values() for row in group]
             sizes = torch.tensor([len(group) for group in first.values()], device=self.device)
             logits = self.runner.logits(states).repeat_interleave(sizes, 0)
             state = start_state(rows, 1, self.vocab, self.device)
-            draw_step(state, logits, rules)
+            draw_step(state, logits, rules, self.runner.impl)
             harvest(rows, state)
 
     def _compute(self, stretches: Sequence[prefill.Stretch]) -> Tensor:
@@ -166,7 +162,9 @@ class PagedEngine:
         left = max(row.params.max_tokens - len(row.tokens) for row in rows)
         steps = min(self.steps, left)
         run = self._recorded_steps if self.device.type == "cuda" else self._plain_steps
-        harvest(rows, run(rows, rules, steps))
+        drawn = harvest(rows, run(rows, rules, steps))
+        if drawn == 0:
+            raise RuntimeError("a decoding step drew no token")
 
     def _plain_steps(self, rows: Sequence[Row], rules: Rules, steps: int) -> State:
         """Up to `steps` steps: a look costs nothing here, and rows that have ended cost time."""
@@ -187,6 +185,8 @@ class PagedEngine:
 
     def _forget_old_weights(self) -> None:
         version = weights_version(self.model)
+        if self._version is None or version.adapters != self._version.adapters:
+            self.graphs.clear()  # an adapter that is on is another graph, a changed weight is not
         if version != self._version:
             self.forest.clear()
         self._version = version

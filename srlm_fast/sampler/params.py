@@ -53,11 +53,6 @@ class SamplingParams:
             if not ok:
                 raise ValueError(rule)
 
-    @property
-    def greedy(self) -> bool:
-        """The most probable token always; top_k=1 means the same, even among ties."""
-        return self.temperature == 0 or self.top_k == 1
-
 
 @dataclass(frozen=True)
 class Completion:

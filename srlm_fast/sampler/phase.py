@@ -18,8 +18,8 @@ def inference(model: Any) -> Iterator[None]:
     be inference tensors, which the next training step cannot use.
     """
     training = [module for module in model.modules() if module.training]
-    model.eval()
     try:
+        model.eval()
         with torch.no_grad():
             yield
     finally:

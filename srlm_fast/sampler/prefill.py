@@ -16,6 +16,7 @@ from srlm_fast.sampler.runner import Runner
 from srlm_kernels.tree_attention import PAGE
 
 PASS_TOKENS = 8192
+_MOST_PARTIALS = 4  # for each token of a full pass: each is a float32 vector for every head
 
 
 @dataclass(eq=False)
@@ -64,13 +65,16 @@ def prompt_stretch(path: Sequence[Node]) -> Stretch:
     )
 
 
-def own_stretch(path: Sequence[Node], pages: Sequence[int], tokens: Sequence[int]) -> Stretch:
-    """Known tokens behind a prompt, on pages of their own, read in the runs of decoding: what comes
-    out is what decoding gave, or would give, to the last bit of attention."""
+def own_stretch(
+    path: Sequence[Node], pages: Sequence[int], tokens: Sequence[int], *, drawn: bool
+) -> Stretch:
+    """Known tokens behind a prompt, on pages of their own. `drawn`: they are read in the runs of
+    decoding, so that attention gives what it gave then to the last bit."""
     length = path[-1].start + len(path[-1].tokens)
     position = np.arange(length, length + len(tokens))
     where = np.array(pages, np.int64)[position // PAGE - length // PAGE]
     runs = prompt_runs(path) + own_runs(pages, length)
+    runs = runs if drawn else [[entry for run in runs for entry in run]]
     return Stretch(tokens, length, runs, where * PAGE + position % PAGE)
 
 
@@ -89,17 +93,18 @@ def run(runner: Runner, stretches: Sequence[Stretch]) -> Iterator[tuple[Tensor, 
 
 def _passes(stretches: Sequence[Stretch]) -> Iterator[list[Span]]:
     spans: list[Span] = []
-    size = 0
+    size = partials = 0
     for stretch in stretches:
-        first = 0
+        first, runs = 0, len(stretch.runs)
         while first < len(stretch.tokens):
-            if size == PASS_TOKENS:
+            room = min(PASS_TOKENS - size, (_MOST_PARTIALS * PASS_TOKENS - partials) // runs)
+            if room <= 0 and spans:
                 yield spans
-                spans, size = [], 0
-            count = min(len(stretch.tokens) - first, PASS_TOKENS - size)
+                spans, size, partials = [], 0, 0
+                continue
+            count = min(len(stretch.tokens) - first, max(1, room))
             spans.append(Span(stretch, first, count, size))
-            size += count
-            first += count
+            size, partials, first = size + count, partials + count * runs, first + count
     if spans:
         yield spans
 

@@ -34,7 +34,7 @@ class Scheduler:
         promised = sum(self._promised(row) for row in self.running)
         while self.waiting and len(self.running) < self._most:
             row = self.waiting[0]
-            need = self.forest.missing(row.prompt) + self._promised(row)
+            need = self.forest.claim(row.prompt) + self._promised(row)
             if self.running and self.forest.available - promised < need:
                 break
             try:

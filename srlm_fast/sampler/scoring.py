@@ -43,14 +43,14 @@ class _Batch:
 
 def score(engine: PagedEngine, prompts: Sequence[Ids], completions: Groups, bar: Any) -> Scores:
     """See `Sampler.score`. Call inside the engine's `phase`."""
-    scores = [[torch.empty(0) for _ in group] for group in completions]
+    scores = [[torch.empty(0, dtype=torch.float32) for _ in group] for group in completions]
     for batch in _batches(engine, prompts, completions):
-        flat = torch.empty(batch.results, device=engine.device)
+        flat = torch.empty(batch.results, dtype=torch.float32, device=engine.device)
         for states, spans in run(engine.runner, batch.stretches):
             _fill(engine, flat, states, spans, batch)
         parts = torch.split(flat.cpu(), [size for _, _, size in batch.places])
         for (p, c, _), logps in zip(batch.places, parts, strict=True):
-            scores[p][c] = logps
+            scores[p][c] = logps.clone()  # not a view of the whole batch
         bar.update(batch.results)
         for path in batch.paths:
             engine.forest.release(path)
@@ -115,7 +115,7 @@ def _add(
         if known:
             rest = np.arange(len(known))
             wanted = np.stack([rest, np.array(completion[1:]), batch.results + 1 + rest])
-            own.append((own_stretch(path, pages, known), wanted))
+            own.append((own_stretch(path, pages, known, drawn=False), wanted))
         batch.places.append((p, c, len(completion)))
         batch.results += len(completion)
         tokens += len(completion)
@@ -153,4 +153,5 @@ def _fill(
         bias=head.bias,
         softcap=head.softcap,
         logit_scale=head.logit_scale,
+        impl="reference" if engine.runner.impl == "torch" else "auto",
     ).logp.float()

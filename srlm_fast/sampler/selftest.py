@@ -10,8 +10,7 @@ from torch import Tensor
 
 from srlm_fast.errors import UserError
 from srlm_fast.model.forward import lm_head
-from srlm_fast.model.load import context_length, text_config
-from srlm_fast.sampler.attention import attention_named
+from srlm_fast.model.load import context_length
 from srlm_fast.sampler.forest import PrefixForest
 from srlm_fast.sampler.phase import inference
 from srlm_fast.sampler.plan import PlanBuilder, decode_items, slot_of
@@ -37,13 +36,16 @@ def check(model: Any, layers: Layers, impl: str) -> str | None:
         plain = torch.stack([model(row[None]).logits[0, -1].float() for row in rows])
         if not bool(plain.isfinite().all()):
             raise UserError("the model's logits are not finite; its weights are damaged")
-        try:
-            with attention_named(text_config(model)):
-                paged = _paged(Runner(model, layers, impl), [row.tolist() for row in rows])
-        except (TypeError, ValueError) as error:  # shapes that no op takes
-            return f"its attention cannot read pages: {error}"
+    runner = Runner(model, layers, impl)
+    try:
+        with runner.borrowed_model():
+            paged = _paged(runner, [row.tolist() for row in rows])
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # shapes that no op takes, kernels that do not compile
+        return f"its attention cannot read pages: {type(error).__name__}: {error}"
     # What rounding may move: the logits of a random bf16 model differ by a few per cent.
-    tolerance = 1e-3 if lm_head(model).weight.dtype == torch.float32 else 0.1
+    tolerance = 1e-3 if lm_head(model).weight.dtype.itemsize >= 4 else 0.1
     error_size = float((paged - plain).abs().max() / plain.abs().max().clamp(min=1e-6))
     if error_size <= tolerance:
         return None

@@ -35,6 +35,7 @@ class Stops:
         self.ids = self.eos_ids | set(params.stop_token_ids)
         self._min_tokens = params.min_tokens
         self._tokenizer = tokenizer
+        self._special = frozenset(getattr(tokenizer, "all_special_ids", ()))
 
     def flags(self, vocab: int, device: torch.device) -> Tensor:
         """[V] bool: the tokens that end a row."""
@@ -55,10 +56,14 @@ class Stops:
         """Whether a stop string is complete in `ids`, of which the last `fresh` are new."""
         if not self.strings or len(ids) < self._min_tokens:
             return False
-        # A quick look at the end first. A token gives at least a byte, so a stop string spans no
-        # more tokens than it has bytes; what shows may still lie inside the first min_tokens.
-        width = fresh + max(len(string.encode()) for string in self.strings)
-        text = self.decode(ids[-width:])
+        # A quick look at the end first. A token that is not special gives at least a byte, so a
+        # stop string spans no more of them than it has bytes. What shows may still lie inside the
+        # first min_tokens.
+        width, start = fresh + max(len(string.encode()) for string in self.strings), len(ids)
+        while start > 0 and width > 0:
+            start -= 1
+            width -= ids[start] not in self._special
+        text = self.decode(ids[start:])
         shown = any(string in text for string in self.strings)
         return shown and self._first_string(ids) is not None
 

@@ -129,3 +129,7 @@ def test_an_unknown_op_is_an_error_that_lists_the_known(
     bench("--only", "toy")
     assert main(["--only", "nothing"], HERE) == 2
     assert "sleep, toy" in capsys.readouterr().err
+
+
+def test_cases_can_be_chosen_by_their_name(bench: Bench, clock: Any) -> None:
+    assert measured(bench("--only", "sleep", "--case", "1")) == ["case 1: short", "case 1: long"]

@@ -131,7 +131,7 @@ def test_the_model_comes_back_as_it_was(case: Case) -> None:
 
 def check_that_the_model_comes_back(model: Any, sampler: Sampler) -> None:
     """After calls, and after one that is broken off in a layer of its second forward pass."""
-    model.train()
+    model.train().requires_grad_(True)
     last_layer(model).eval()
     model.get_input_embeddings().weight.requires_grad_(False)
     before, calls = state(model), 0

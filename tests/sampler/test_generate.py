@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -11,26 +12,6 @@ from srlm_fast.sampler import Completion, Output, Sampler, SamplingParams
 
 Prompts = list[list[int]]
 VOCAB_END = 95
-FAMILIES: dict[str, dict[str, Any]] = {
-    "llama": {},
-    "qwen2": {},
-    "qwen3": {},
-    # Windows shorter than the prompts, and crossed while decoding by the short ones.
-    "mistral": {"sliding_window": 6},
-    "gemma2": {
-        "sliding_window": 6,
-        "final_logit_softcapping": 5.0,
-        "attn_logit_softcapping": 3.0,
-    },
-    "gemma3_text": {"sliding_window": 6},
-    "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 6},
-    "gpt_neox": {},
-    "gpt2": {},
-    "phi3": {},
-    "cohere": {},
-    "granite": {"logits_scaling": 4.0},
-    "mixtral": {"num_local_experts": 4},
-}
 
 
 def tokens(outputs: list[Output]) -> list[list[list[int]]]:
@@ -39,22 +20,6 @@ def tokens(outputs: list[Output]) -> list[list[list[int]]]:
 
 def completions(outputs: list[Output]) -> list[Completion]:
     return [c for output in outputs for c in output.outputs]
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_greedy_equals_transformers_generate(
-    family: str, make_model: Callable[..., Any], prompts: Prompts
-) -> None:
-    model = make_model(family, **FAMILIES[family])
-    params = SamplingParams(n=2, temperature=0.0, max_tokens=12)
-    outputs = Sampler(model).generate(prompts, params)
-    assert [o.prompt_token_ids for o in outputs] == prompts
-    for prompt, output in zip(prompts, outputs, strict=True):
-        ids = torch.tensor([prompt])
-        # No pad token: generate would take prompt tokens of that id for padding.
-        theirs = model.generate(ids, do_sample=False, max_new_tokens=12, pad_token_id=VOCAB_END)
-        expected = theirs[0, len(prompt) :].tolist()
-        assert [c.token_ids for c in output.outputs] == [expected, expected]
 
 
 def test_tokens_do_not_depend_on_batch_order_or_retirement(model: Any, prompts: Prompts) -> None:
@@ -152,69 +117,6 @@ def test_rows_grow_past_a_page(model: Any) -> None:
     assert ours == theirs[0, 3:].tolist()
 
 
-def test_weights_changed_in_place_are_seen(
-    make_model: Callable[..., Any], prompts: Prompts
-) -> None:
-    model, other = make_model(), make_model(seed=1)
-    sampler = Sampler(model)
-    params = SamplingParams(temperature=0.0, max_tokens=8)
-    before = tokens(sampler.generate(prompts, params))
-    with torch.no_grad():
-        for mine, new in zip(model.parameters(), other.parameters(), strict=True):
-            mine.copy_(new)
-    after = tokens(sampler.generate(prompts, params))
-    assert after != before
-    assert after == tokens(Sampler(other).generate(prompts, params))
-
-
-def test_training_is_not_disturbed_by_sampling(
-    make_model: Callable[..., Any], prompts: Prompts
-) -> None:
-    def train(sample: bool) -> Any:
-        model = make_model(attention_dropout=0.2).train()
-        sampler = Sampler(model) if sample else None
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-        with torch.random.fork_rng(devices=[]):
-            torch.random.default_generator.manual_seed(0)
-            for _ in range(5):
-                if sampler:
-                    sampler.generate(prompts, SamplingParams(max_tokens=4))
-                ids = torch.tensor([prompts[4]])
-                model(ids, labels=ids).loss.backward()
-                optimizer.step()
-                optimizer.zero_grad()
-        return model.state_dict()
-
-    plain, sampled = train(False), train(True)
-    assert all(torch.equal(plain[name], sampled[name]) for name in plain)
-
-
-@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-def test_state_is_restored_after_an_exception(
-    error: type[BaseException], make_model: Callable[..., Any], prompts: Prompts
-) -> None:
-    model = make_model().train()
-    model.model.layers[0].eval()
-    modes = [module.training for module in model.modules()]
-    sampler = Sampler(model)
-    calls = 0
-
-    def fail(*_: Any) -> None:
-        nonlocal calls
-        calls += 1
-        if calls == 3:
-            raise error("in the middle of decoding")
-
-    hook = model.model.register_forward_pre_hook(fail)
-    with pytest.raises(error):
-        sampler.generate(prompts, SamplingParams(max_tokens=8))
-    hook.remove()
-    assert [module.training for module in model.modules()] == modes
-    assert model.config._attn_implementation == "sdpa"
-    assert torch.is_grad_enabled()
-    model(torch.tensor([prompts[0]])).logits.sum().backward()
-
-
 @pytest.mark.parametrize(
     "prompts,options,message",
     [
@@ -286,3 +188,37 @@ def test_bfloat16_weights(make_model: Callable[..., Any], prompts: Prompts) -> N
     model = make_model().to(torch.bfloat16)
     rows = completions(Sampler(model).generate(prompts, SamplingParams(n=2, max_tokens=8)))
     assert all(torch.tensor(row.logprobs).isfinite().all() for row in rows)
+
+
+def test_numbers_of_any_kind(model: Any, prompts: Prompts) -> None:
+    arrays = [np.array(prompt) for prompt in prompts]
+    params = SamplingParams(n=2, max_tokens=5, logit_bias={7: 3})
+    expected = Sampler(model).generate(prompts, params)
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = Sampler(model).generate(arrays, params)
+        scores = Sampler(model).score(prompts, [[[5, 6]]] * len(prompts))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert found == expected
+    assert {logps.dtype for group in scores for logps in group} == {torch.float32}
+
+
+def test_equal_prompts_share_no_lists(model: Any, prompts: Prompts) -> None:
+    first, second = Sampler(model).generate([prompts[0]] * 2, SamplingParams(max_tokens=3))
+    assert first == second and first.outputs[0].token_ids is not second.outputs[0].token_ids
+
+
+def test_a_model_that_was_cast_needs_a_new_sampler(make_model: Callable[..., Any]) -> None:
+    sampler = Sampler(make_model())
+    sampler.model.double()
+    with pytest.raises(UserError, match=r"cast from torch\.float32 .* make a new Sampler"):
+        sampler.generate([[5]], SamplingParams(max_tokens=2))
+
+
+def test_a_sampler_may_run_within_another(make_model: Callable[..., Any], prompts: Prompts) -> None:
+    model, other = make_model(), Sampler(make_model(seed=1))
+    params = SamplingParams(max_tokens=4)
+    expected = Sampler(model).generate(prompts, params)
+    model.model.layers[0].register_forward_hook(lambda *_: other.score([[5]], [[[6]]]) and None)
+    assert Sampler(model).generate(prompts, params) == expected

@@ -7,6 +7,7 @@ import pytest
 
 from srlm_fast.errors import UserError
 from srlm_fast.sampler import Completion, Sampler, SamplingParams
+from srlm_fast.sampler.stops import Stops
 
 LENGTH = 30
 
@@ -105,3 +106,10 @@ def test_ignore_eos_runs_to_the_limit(sampler: Sampler, prompts: list[list[int]]
 def test_stop_token_outside_the_vocabulary(sampler: Sampler, prompts: list[list[int]]) -> None:
     with pytest.raises(UserError, match="stop_token_ids has token id 96"):
         run(sampler, prompts, stop_token_ids=(96,))
+
+
+def test_special_tokens_within_a_string_do_not_hide_it(sampler: Sampler) -> None:
+    stops = Stops(SamplingParams(stop=("ab",), max_tokens=20), (), sampler.tokenizer)
+    a, b = (ord(letter) - 29 for letter in "ab")
+    ids = [a, *[1] * 9, b]
+    assert stops.found(ids, fresh=1) and stops.ending(ids).stop_reason == "ab"

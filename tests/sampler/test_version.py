@@ -34,3 +34,21 @@ def test_forward_backward_and_modes_change_nothing(make_model: Callable[..., Any
     model.train()
     model(torch.tensor([[5, 6, 7]])).logits.sum().backward()
     assert weights_version(model) == before
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda w: w.data.copy_(w.data.flip(0)),
+        lambda w: w.data[:, 1::2].neg_(),
+        lambda w: w.data[:2].neg_(),
+    ],
+    ids=["rows change places", "every other sign", "signs of two rows"],
+)
+def test_sums_that_stay_alike_are_told_apart(
+    change: Callable[[torch.Tensor], Any], make_model: Callable[..., Any]
+) -> None:
+    model = make_model()
+    before = weights_version(model)
+    change(model.model.layers[1].mlp.up_proj.weight)
+    assert weights_version(model) != before

@@ -155,24 +155,23 @@ def linear_logp_cases() -> Iterator[tuple[str, Launch]]:
 
 def tree_attention_cases() -> Iterator[tuple[str, Launch]]:
     int32 = partial(torch.zeros, dtype=torch.int32)
-    for dtype, widths in (
-        (torch.bfloat16, [(64, 64), (128, 128), (256, 256), (192, 128), (80, 80)]),
-        (torch.float32, [(64, 64), (128, 128), (256, 256)]),
-    ):
-        for (key, value), rows in product(widths, (16, 128)):
-            query = torch.zeros(128, 8, key, dtype=dtype)
-            pages = [torch.zeros(4, 2, 64, width, dtype=dtype) for width in (key, value)]
-            launches = ((rows // 4, 0, 2),)
-            plan = TreePlan(int32(2, 4), int32(2, 4), int32(128), int32(129), int32(128), launches)
-            for window, softcap in ((None, None), (100, None), (100, 30.0)):
-                what = f"{' window' * (window is not None)}{' capped' * (softcap is not None)}"
-                yield (
-                    f"tree_attention {dtype} {key} {value} {rows} rows{what}",
-                    partial(
-                        partial_states, query, *pages, plan, int32(128), scale=0.1, window=window,
-                        softcap=softcap,
-                    ),
-                )  # fmt: skip
+    bf16 = product(
+        [torch.bfloat16], [(64, 64), (128, 128), (256, 256), (192, 128), (80, 80)], [16, 128]
+    )
+    fp32 = product([torch.float32], [(64, 64), (128, 128), (256, 256)], [16])  # one tile for all
+    for dtype, (key, value), rows in (*bf16, *fp32):
+        query = torch.zeros(128, 8, key, dtype=dtype)
+        pages = [torch.zeros(4, 2, 64, width, dtype=dtype) for width in (key, value)]
+        launches = ((rows // 4, 0, 2),)
+        plan = TreePlan(int32(2, 4), int32(2, 4), int32(128), int32(129), int32(128), launches)
+        for what, window, softcap in (("", None, None), (" window capped", 100, 30.0)):
+            yield (
+                f"tree_attention {dtype} {key} {value} {rows} rows{what}",
+                partial(
+                    partial_states, query, *pages, plan, int32(128), scale=0.1, window=window,
+                    softcap=softcap,
+                ),
+            )  # fmt: skip
 
 
 def page_cases() -> Iterator[tuple[str, Launch]]:

@@ -111,6 +111,13 @@ def test_large_log_sum_exps(shift, dtype) -> None:
     assert_merged(out, truth)
 
 
+@pytest.mark.parametrize("sink", [-200.0, 50.0, 200.0])
+def test_a_sink_far_from_the_rest(sink) -> None:
+    parts = Parts([2, 1])
+    sinks = torch.full_like(parts.sinks, sink)
+    assert_merged(merged(parts, torch.float32, sinks=sinks), parts.truth(sinks))
+
+
 def test_pairwise_is_all_at_once() -> None:
     parts = Parts([3])
     o, lse, _, entries = parts.tensors(torch.float64)

@@ -55,6 +55,13 @@ def test_large_log_sum_exps(shift) -> None:
     assert_merged(out.cpu(), truth.cpu())
 
 
+@pytest.mark.parametrize("sink", [-200.0, 50.0, 200.0])
+def test_a_sink_far_from_the_rest(sink) -> None:
+    parts = Parts([2, 1])
+    parts.sinks.fill_(sink)
+    assert_merged(merged(parts, with_sinks=True), parts.truth(parts.sinks))
+
+
 def test_a_single_part_is_returned_bit_for_bit() -> None:
     o, lse, ptr, entries = tensors(Parts([1, 1]))
     out = merge_states_triton(o, lse, ptr, entries, dtype=torch.float32)

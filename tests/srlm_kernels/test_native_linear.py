@@ -69,16 +69,6 @@ def test_results_do_not_depend_on_threads(
 
 
 @DTYPES
-@pytest.mark.parametrize("rows", [2, 16])
-def test_weights_that_are_fetched_early(rows: int, dtype: torch.dtype) -> None:
-    """Short rows of a large weight: nothing may be read behind its end but by a prefetch."""
-    x, weight, _ = operands(8191, 512, dtype)
-    step = 1021
-    parts = [linear(x[:rows], part) for part in weight.split(step)]  # small: not fetched early
-    assert torch.equal(linear(x[:rows], weight), torch.cat(parts, 1))
-
-
-@DTYPES
 def test_opcheck(dtype: torch.dtype) -> None:
     x, weight, bias = operands(33, 19, dtype)
     for out in (x.new_empty(MOST, 33), torch.empty(MOST, 33)):

@@ -98,6 +98,16 @@ def test_ends_of_the_cdf_hit_possible_tokens(impl: str, options: dict[str, Any])
     assert drawn.token.tolist() == [2, 8000]
 
 
+def test_a_boundary_belongs_to_the_next_token(impl: str) -> None:
+    """Between equal tokens boundaries are exact, those between blocks among them."""
+    tokens = [1, 31, 32, 256, 1000, 2048, 4095]
+    at = [token << 36 for token in tokens]
+    seed = seeds_of([*at, *(bits - 1 for bits in at)])
+    for options in ({}, {"top_p": 0.9}):  # of equal ones all are kept
+        drawn = draw(impl, torch.zeros(2 * len(tokens), 4096), seed=seed, **options)
+        assert drawn.token.tolist() == [*tokens, *(token - 1 for token in tokens)]
+
+
 @pytest.mark.parametrize(
     "options", [{}, {"temperature": 0.0}, {"top_k": 3}, {"top_p": 0.5}, {"min_p": 0.5}]
 )

@@ -130,12 +130,13 @@ def _transformers(limits: dict[str, float], rows: Rows) -> Call:
 
 def _vllm(limits: dict[str, float], rows: Rows) -> Call:
     ops = optional("vllm.v1.sample.ops.topk_topp_sampler")
-    params = rows.params
+    ops.current_platform.import_kernels()
+    sampler, params = ops.TopKTopPSampler(), rows.params
 
     def call() -> Outputs:
-        scores = rows.logits.to(torch.float32, copy=bool(limits))  # it writes over them
-        scores = ops.apply_top_k_top_p(scores, params.top_k, params.top_p)
-        return rows.drawn(ops.random_sample(scores.softmax(-1), {}))
+        scores = rows.logits.to(torch.float32, copy=True)  # it may write over them
+        token, _ = sampler(scores, {}, params.top_k, params.top_p)
+        return rows.drawn(token.long())
 
     return call
 

@@ -98,7 +98,8 @@ Result draw(const Row<T>& row, const Settings& settings, Scratch& scratch) {
   const Gap gap{best_of(x, row.columns, scratch.tops), settings.sharpness()};
   const Cdf all(x, row.columns, gap, -kInfinity, scratch.blocks.get());
   Result result{0, NAN, NAN, NAN};
-  if (std::isfinite(gap.best) && !std::isnan(all.mass)) {
+  // NaN or +inf somewhere, or nothing but -inf, make NaN of the mass.
+  if (!std::isnan(all.mass)) {
     double kept = all.mass;
     if (settings.greedy()) {
       result.token = std::find(x, x + row.columns, gap.best) - x;

@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from srlm_kernels.triton_support import INTERPRETED
-from tests.srlm_kernels.draws import REFUSALS, assert_same_draws, draw, normal
+from srlm_kernels.sample_triton import _first_above
+from srlm_kernels.triton_support import INTERPRETED, jit, tl
+from tests.srlm_kernels.draws import DEVICES, REFUSALS, assert_same_draws, draw, normal
 
 if REFUSALS["triton"]:
     pytest.skip(f"{REFUSALS['triton']}; test_interpreter.py runs this", allow_module_level=True)
@@ -48,3 +49,19 @@ def test_scores_far_apart() -> None:
         ours, theirs = (draw(name, logits, **options) for name in ("triton", "torch"))
         assert ours.token.equal(theirs.token)
         assert_close(ours.kept_mass, theirs.kept_mass)
+
+
+@jit
+def _first_above_kernel(found, weight, cdf, level):
+    lane = tl.arange(0, 8)
+    tl.store(found, _first_above(tl.load(weight + lane), tl.load(cdf + lane), level, lane))
+
+
+@pytest.mark.parametrize(("level", "expected"), [(0.0, 1), (0.75, 3), (1.05, 5), (1.5, 5)])
+def test_prefix_sums_that_are_not_monotone(level: float, expected: int) -> None:
+    """Parallel sums round so: in front of, between and behind what weighs anything."""
+    weight = torch.tensor([0.0, 0.5, 0.0, 0.25, 0.0, 0.25, 0.0, 0.0])
+    cdf = torch.tensor([0.1, 0.5, 0.9, 0.8, 0.9, 1.1, 1.2, 1.3])
+    found = torch.zeros(1, dtype=torch.int32, device=DEVICES["triton"])
+    _first_above_kernel[(1,)](found, weight.to(found.device), cdf.to(found.device), level)
+    assert found.item() == expected

@@ -1,4 +1,4 @@
-"""The row kernels in C++ for the CPU: `srlm_kernels._C`, which an install may have or lack."""
+"""The kernels in C++ for the CPU: `srlm_kernels._C`, which an install may have or lack."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def has(op: str) -> bool:
 
 
 def available() -> bool:
-    """Whether the C++ row kernels can be called here."""
+    """Whether the C++ kernels can be called here."""
     return _load()[0]
 
 
@@ -49,7 +49,7 @@ def why() -> str:
 def require() -> None:
     """Raises RuntimeError unless `available`."""
     if not available():
-        raise RuntimeError(f"the C++ row kernels cannot be used: {why()}")
+        raise RuntimeError(f"the C++ kernels cannot be used: {why()}")
 
 
 def fp32(bias: Tensor | None) -> Tensor | None:

@@ -40,9 +40,12 @@ def check_against_float64(p, slack, true_logits, true_logp):
     dz[torch.arange(len(dz)), p.target] += 1
     dz *= upstream.double()[:, None]
     products = (dz @ p.weight.double(), dz.T @ p.hidden.double(), dz.sum(0))
+    # Some BLASes add long sums up less exactly than that: no worse than twice torch's own product.
+    plain = (dz.float() @ p.weight, dz.float().T @ p.hidden, dz.float().sum(0))
     limit = 1e-6 * slack * hidden.shape[1] ** 0.5
-    for leaf, truth in zip((hidden, weight, bias), products, strict=True):
-        assert (leaf.grad - truth).norm() <= limit * truth.norm() + 1e-6
+    for leaf, truth, torchs in zip((hidden, weight, bias), products, plain, strict=True):
+        own = 2 * (torchs - truth).norm()
+        assert (leaf.grad - truth).norm() <= max(limit * truth.norm() + 1e-6, own)
 
 
 @pytest.mark.parametrize("shape", LARGE, ids=lambda s: "N{}-D{}-V{}".format(*s))

@@ -186,7 +186,9 @@ def test_a_row_depends_on_no_other(problem):
     together = linear_logp_tiled(p["hidden"], target=p["target"], **arguments).logp
     for lo, hi in ((3, 4), (100, 140)):
         alone = linear_logp_tiled(p["hidden"][lo:hi], target=p["target"][lo:hi], **arguments).logp
-        assert alone.equal(together[lo:hi])
+        # The interpreter's products are numpy's, whose BLAS may look at the number of rows.
+        close = 1e-5 if INTERPRETED else 0.0
+        torch.testing.assert_close(alone, together[lo:hi], atol=close, rtol=0)
 
 
 def test_groups_of_row_tiles(problem, monkeypatch):

@@ -152,4 +152,4 @@ except RuntimeError as error:
     available, why, error = done.stdout.splitlines()
     assert available == "False"
     assert why.startswith(reason)
-    assert error == f"the C++ row kernels cannot be used: {why}"
+    assert error == f"the C++ kernels cannot be used: {why}"

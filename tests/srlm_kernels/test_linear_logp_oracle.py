@@ -40,12 +40,13 @@ def check_against_float64(p, slack, true_logits, true_logp):
     dz[torch.arange(len(dz)), p.target] += 1
     dz *= upstream.double()[:, None]
     products = (dz @ p.weight.double(), dz.T @ p.hidden.double(), dz.sum(0))
-    # Some BLASes add long sums up less exactly than that: no worse than twice torch's own product.
+    # Where this machine's BLAS does not keep half the limit in torch's own product of the same
+    # numbers, ours may be twice as far off as that; everywhere else the limit holds.
     plain = (dz.float() @ p.weight, dz.float().T @ p.hidden, dz.float().sum(0))
     limit = 1e-6 * slack * hidden.shape[1] ** 0.5
     for leaf, truth, torchs in zip((hidden, weight, bias), products, plain, strict=True):
-        own = 2 * (torchs - truth).norm()
-        assert (leaf.grad - truth).norm() <= max(limit * truth.norm() + 1e-6, own)
+        bound, own = limit * truth.norm() + 1e-6, (torchs - truth).norm()
+        assert (leaf.grad - truth).norm() <= max(bound, 2 * own)
 
 
 @pytest.mark.parametrize("shape", LARGE, ids=lambda s: "N{}-D{}-V{}".format(*s))

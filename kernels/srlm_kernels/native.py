@@ -10,7 +10,9 @@ from torch import Tensor
 
 from srlm_kernels.logits_grad import narrowed
 
-_OPS = ("row_stats", "logits_grad", "sample", "kv_write", "tree_attention", "invariant_linear")
+_OPS = (
+    "row_stats", "logits_grad", "gemm", "sample", "kv_write", "tree_attention", "invariant_linear",
+)  # fmt: skip
 
 
 @functools.cache

@@ -5,14 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from srlm_kernels.native_gemm import gemm_cpp, gemm_takes
+
 
 def rounds_products(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether products of such operands come out in their own half precision: on the CPU."""
+    """Whether torch rounds products of such operands to their own half precision: on the CPU."""
     return device.type == "cpu" and dtype.itemsize < 4
 
 
 def default_logits_dtype(hidden: Tensor, weight: Tensor, ref_weight: Tensor | None) -> torch.dtype:
-    """fp32 from half operands where a GEMM can give it, else the operands' dtype."""
+    """fp32 from half operands, whose memory only a CPU would feel: there the operands' dtype."""
     dtype = torch.promote_types(hidden.dtype, weight.dtype)
     if ref_weight is not None:
         dtype = torch.promote_types(dtype, ref_weight.dtype)
@@ -22,7 +24,8 @@ def default_logits_dtype(hidden: Tensor, weight: Tensor, ref_weight: Tensor | No
 def operand_dtype(hidden: Tensor, weight: Tensor, logits_dtype: torch.dtype) -> torch.dtype:
     """What GEMMs of hidden states and head run in: the wider of the two.
 
-    Where a device rounds products, it is no narrower than the logits that were asked for.
+    On a CPU it is no narrower than the logits that were asked for: wide ones are rare there, and
+    then keep their digits in the gradients too.
     """
     dtype = torch.promote_types(hidden.dtype, weight.dtype)
     if rounds_products(dtype, hidden.device):
@@ -32,6 +35,8 @@ def operand_dtype(hidden: Tensor, weight: Tensor, logits_dtype: torch.dtype) -> 
 
 def product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
     """out = a @ b, rounded once, to the dtype of `out`."""
+    if a.dtype == b.dtype and gemm_takes(a, out.dtype):
+        return gemm_cpp(out, a, b)
     if a.dtype == out.dtype:
         return torch.mm(a, b, out=out)
     if a.dtype.itemsize > out.dtype.itemsize:
@@ -47,6 +52,9 @@ def add_product(total: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
 
     Where products are rounded to half precision the sum still is not.
     """
+    if a.dtype == b.dtype and gemm_takes(a, total.dtype):
+        gemm_cpp(total, a, b, add=not first)
+        return
     if total.dtype == torch.float64:
         a, b = a.double(), b.double()
     if a.dtype == total.dtype:

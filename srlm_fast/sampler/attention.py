@@ -1,8 +1,8 @@
 """Attention over pages for the model's own modules: one function, registered with transformers.
 
 While a phase runs, the configuration names this function as the attention implementation; every
-attention layer then hands over its queries, keys and values, positions already applied. For a name
-without a mask function transformers makes no mask: what a token sees is the plan's business.
+attention layer then hands over its queries, keys and values, positions already applied. There is no
+mask: what a token sees is the plan's business.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from srlm_fast.sampler.pool import KVMemory
 from srlm_kernels import kv_write, tree_attention
 from srlm_kernels.tree_attention import TreePlan
 
-_NAME = "srlm_paged"
+PAGED = "srlm_paged"
 
 
 @dataclass(frozen=True)
@@ -47,18 +47,6 @@ def attending(current: Pass) -> Iterator[None]:
         yield
     finally:
         _CURRENT.reset(token)
-
-
-@contextmanager
-def attention_named(config: Any, name: str = _NAME) -> Iterator[None]:
-    """Attention layers inside call the function registered as `name`, ours unless said; the
-    configuration is restored in any case."""
-    previous = config._attn_implementation
-    try:
-        config._attn_implementation = name
-        yield
-    finally:
-        config._attn_implementation = previous
 
 
 def _paged_attention(
@@ -95,4 +83,4 @@ def _paged_attention(
     return mixed[None], None
 
 
-ALL_ATTENTION_FUNCTIONS.register(_NAME, _paged_attention)
+ALL_ATTENTION_FUNCTIONS.register(PAGED, _paged_attention)

@@ -15,13 +15,13 @@ from srlm_fast.data.records import Message
 from srlm_fast.data.template import ChatTemplate
 from srlm_fast.errors import UserError
 from srlm_fast.model.load import context_length, eos_token_ids, text_config
+from srlm_fast.model.probe import probe
 from srlm_fast.sampler import selftest
 from srlm_fast.sampler.batching import pages_of
 from srlm_fast.sampler.decode import Rules
 from srlm_fast.sampler.fallback import FallbackEngine
 from srlm_fast.sampler.paged import PagedEngine
 from srlm_fast.sampler.params import Output, SamplingParams
-from srlm_fast.sampler.probe import probe
 from srlm_fast.sampler.progress import Meter, bar_of
 from srlm_fast.sampler.rows import Row, completion, most_pages, row_seed
 from srlm_fast.sampler.stops import Stops

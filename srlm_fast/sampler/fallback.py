@@ -17,10 +17,10 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from srlm_fast.model.forward import Head, decoder, hidden_states, lm_head
 from srlm_fast.model.load import text_config
+from srlm_fast.model.phase import inference
+from srlm_fast.model.probe import moving_rope
 from srlm_fast.sampler.batching import max_rows
 from srlm_fast.sampler.decode import STEPS, Rules, draw_step, harvest, start_state
-from srlm_fast.sampler.phase import inference
-from srlm_fast.sampler.probe import moving_rope
 from srlm_fast.sampler.rows import Row
 from srlm_fast.sampler.scoring import Groups, Scores
 from srlm_kernels import linear_logp

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from srlm_fast.model.load import context_length
+from srlm_fast.model.probe import Layers
 from srlm_fast.sampler import prefill, scoring
 from srlm_fast.sampler.batching import default_pages, max_rows, pages_of
 from srlm_fast.sampler.decode import (
@@ -25,7 +26,6 @@ from srlm_fast.sampler.decode import (
 from srlm_fast.sampler.forest import Node, PrefixForest
 from srlm_fast.sampler.graphs import StepGraphs, bucket, round_up
 from srlm_fast.sampler.pool import PagePool
-from srlm_fast.sampler.probe import Layers
 from srlm_fast.sampler.rows import Row, own_pages
 from srlm_fast.sampler.runner import Runner
 from srlm_fast.sampler.scheduler import Scheduler

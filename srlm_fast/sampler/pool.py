@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from srlm_fast.model.probe import LayerShape
 from srlm_kernels.tree_attention import PAGE
 
 
@@ -63,19 +63,6 @@ class PagePool:
             )
 
 
-@dataclass(frozen=True)
-class LayerShape:
-    """KV heads and the sizes of keys and values of one attention layer."""
-
-    heads: int
-    key_dim: int
-    value_dim: int
-
-    def page_elements(self) -> int:
-        """Numbers in one page, keys and values together."""
-        return self.heads * PAGE * (self.key_dim + self.value_dim)
-
-
 class KVMemory:
     """Per layer `keys` [pages, heads, 64, Dk] and `values` [pages, heads, 64, Dv].
 
@@ -94,7 +81,8 @@ class KVMemory:
     @property
     def page_bytes(self) -> int:
         """Bytes of one page over all layers."""
-        return sum(layer.page_elements() for layer in self._layers) * self._dtype.itemsize
+        elements = sum(layer.heads * (layer.key_dim + layer.value_dim) for layer in self._layers)
+        return PAGE * elements * self._dtype.itemsize
 
     def resize(self, pages: int) -> None:
         """Makes room for `pages`; what the first ones hold stays. Layer by layer, so that no more

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from srlm_fast.errors import UserError
+from srlm_fast.model.attention import attention_named
 from srlm_fast.model.forward import Head, decoder, lm_head
 from srlm_fast.model.load import text_config
-from srlm_fast.sampler.attention import Pass, attending, attention_named
+from srlm_fast.model.phase import inference
+from srlm_fast.model.probe import Layers
+from srlm_fast.sampler.attention import PAGED, Pass, attending
 from srlm_fast.sampler.linears import head_products, invariant_linears
-from srlm_fast.sampler.phase import inference
 from srlm_fast.sampler.pool import KVMemory
-from srlm_fast.sampler.probe import Layers
 from srlm_kernels.tree_attention import TreePlan
 
 
@@ -47,7 +48,7 @@ class Runner:
             )
         ours = self.impl == "auto" and self.device.type == "cpu"
         products = invariant_linears(self.model) if ours else nullcontext()
-        with inference(self.model), attention_named(text_config(self.model)), products:
+        with inference(self.model), attention_named(text_config(self.model), PAGED), products:
             yield
 
     @property

@@ -11,12 +11,12 @@ from torch import Tensor
 from srlm_fast.errors import UserError
 from srlm_fast.model.forward import lm_head
 from srlm_fast.model.load import context_length
+from srlm_fast.model.phase import inference
+from srlm_fast.model.probe import Layers
 from srlm_fast.sampler.forest import PrefixForest
-from srlm_fast.sampler.phase import inference
 from srlm_fast.sampler.plan import PlanBuilder, decode_items, slot_of
 from srlm_fast.sampler.pool import PagePool
 from srlm_fast.sampler.prefill import prompt_stretch, run
-from srlm_fast.sampler.probe import Layers
 from srlm_fast.sampler.runner import Runner
 from srlm_kernels.tree_attention import PAGE
 

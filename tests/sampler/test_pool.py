@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from srlm_fast.sampler.pool import KVMemory, LayerShape, OutOfPages, PagePool
+from srlm_fast.model.probe import LayerShape
+from srlm_fast.sampler.pool import KVMemory, OutOfPages, PagePool
 
 
 def test_pages_are_taken_once_and_come_back() -> None:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from srlm_kernels import linear_logp
+from srlm_kernels import linear_logp, native
 from srlm_kernels.linear_logp_chunked import field_names, linear_logp_forward
 from srlm_kernels.problem import Problem
 
@@ -69,3 +69,18 @@ def test_gradients_have_no_gradients(problem):
     (gradient,) = torch.autograd.grad(logp.sum(), hidden, create_graph=True)
     with pytest.raises(RuntimeError, match="no autograd formula"):
         gradient.sum().backward()
+
+
+@pytest.mark.skipif(not native.has("gemm"), reason="a BLAS blocks by the number of rows")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_on_the_cpu_a_row_does_not_depend_on_the_rows_beside_it(problem, dtype):
+    """Candidates that are scored alone, together or in chunks get the same bits."""
+    p = problem((64, 131, 5021), dtype)
+
+    def logp(rows, **options):
+        return linear_logp(p.hidden[rows], p.weight, p.target[rows], impl="chunked", **options).logp
+
+    whole = logp(slice(None))
+    assert torch.equal(logp(slice(None), chunk_rows=7), whole)
+    for rows in (slice(0, 1), slice(3, 40), slice(63, 64)):
+        assert torch.equal(logp(rows), whole[rows])

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from srlm_kernels import linear_logp
+from srlm_kernels import linear_logp, native
 
 pytestmark = pytest.mark.usefixtures("implementation")
 
@@ -40,13 +40,13 @@ def check_against_float64(p, slack, true_logits, true_logp):
     dz[torch.arange(len(dz)), p.target] += 1
     dz *= upstream.double()[:, None]
     products = (dz @ p.weight.double(), dz.T @ p.hidden.double(), dz.sum(0))
-    # Where this machine's BLAS does not keep half the limit in torch's own product of the same
-    # numbers, ours may be twice as far off as that; everywhere else the limit holds.
     plain = (dz.float() @ p.weight, dz.float().T @ p.hidden, dz.float().sum(0))
     limit = 1e-6 * slack * hidden.shape[1] ** 0.5
     for leaf, truth, torchs in zip((hidden, weight, bias), products, plain, strict=True):
-        bound, own = limit * truth.norm() + 1e-6, (torchs - truth).norm()
-        assert (leaf.grad - truth).norm() <= max(bound, 2 * own)
+        bound = limit * truth.norm() + 1e-6
+        if slack > 1 or not native.has("gemm"):  # some BLAS alone is further off than the limit
+            bound = max(bound, 2 * (torchs - truth).norm())
+        assert (leaf.grad - truth).norm() <= bound
 
 
 @pytest.mark.parametrize("shape", LARGE, ids=lambda s: "N{}-D{}-V{}".format(*s))

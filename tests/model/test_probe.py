@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from srlm_fast.sampler.probe import Layers, probe
+from srlm_fast.model.probe import Layers, probe
 
 
 def test_layers_and_their_shapes(make_model: Callable[..., Any]) -> None:
@@ -21,22 +21,22 @@ def test_layers_and_their_shapes(make_model: Callable[..., Any]) -> None:
         ("bloom", {}, "0 of its 2 layers"),
         (
             "phimoe",
-            {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 100},
+            {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 50},
             "mask of layer",
         ),
         (
             "phi3",
             {
-                "original_max_position_embeddings": 64,
+                "original_max_position_embeddings": 32,
                 "rope_parameters": {
                     "rope_type": "longrope",
                     "rope_theta": 1e4,
                     "short_factor": [1.0] * 4,
                     "long_factor": [2.0] * 4,
-                    "original_max_position_embeddings": 64,
+                    "original_max_position_embeddings": 32,
                 },
             },
-            "passes 64 tokens",
+            "passes 32 tokens",
         ),
         (
             "lfm2",
@@ -58,4 +58,6 @@ def test_what_cannot_run_on_pages_is_said(
 
 @pytest.mark.parametrize("window", [1, 5, 77, 128])
 def test_windows_of_any_length_are_recognised(window: int, make_model: Callable[..., Any]) -> None:
-    assert isinstance(probe(make_model("mistral", sliding_window=window)), Layers)
+    assert isinstance(
+        probe(make_model("mistral", sliding_window=window, max_position_embeddings=128)), Layers
+    )

@@ -16,16 +16,24 @@ from torch import Tensor
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from srlm_fast.model.attention import attention_named
 from srlm_fast.model.forward import decoder, lm_head
 from srlm_fast.model.load import context_length, text_config
-from srlm_fast.sampler.attention import attention_named
-from srlm_fast.sampler.phase import inference
-from srlm_fast.sampler.pool import LayerShape
+from srlm_fast.model.phase import inference
 
 _NAME = "srlm_probe"
 _TOKENS = 3
 _FORBIDDEN = {"position_bias", "indices", "block_indices", "sinks"}  # that change what is computed
 _ERRORS = (TypeError, ValueError, AttributeError, RuntimeError, KeyError, IndexError)
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """KV heads and the sizes of keys and values of one attention layer."""
+
+    heads: int
+    key_dim: int
+    value_dim: int
 
 
 @dataclass
@@ -40,7 +48,7 @@ class Layers:
 
 
 def probe(model: Any) -> Layers | str:
-    """The layers of `model`, or why it cannot run on pages."""
+    """The layers of `model`, or why an attention function of ours cannot serve it."""
     config = text_config(model)
     if limit := moving_rope(config):
         return f"its rotary frequencies change when a row of the batch passes {limit} tokens"

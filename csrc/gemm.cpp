@@ -1,0 +1,222 @@
+// Matrix products with fp32 sums whatever their operands: kernels/srlm_kernels/products.py.
+//
+// Libraries round products of bf16 matrices to bf16, so that what is added up over chunks has lost
+// its digits already; and the one that torch calls for fp32 leaves half of the registers of some
+// CPUs idle. Every result is summed in one order, whatever block or thread it falls to.
+#ifdef __AVX512F__
+
+#include <algorithm>
+#include <memory>
+
+#include "logits.h"
+#include "tile.h"
+
+namespace srlm {
+namespace {
+
+// A block of results is summed in memory that the second-level cache holds, 8 x 32 at a time in
+// registers. Both operands are packed for it: strips of sixteen rows of a, or columns of b, whose
+// words of one depth lie side by side.
+constexpr int64_t kRows = 8, kColumns = 2 * kLanes;
+constexpr int64_t kBlockColumns = 256, kMostBlockRows = 256;
+using Strip = Words[kPart];
+
+// Any matrix of which rows or columns are contiguous, as its rows or columns ("lines") are packed.
+template <class T>
+struct Lines {
+  const T* data;
+  int64_t line, step;  // elements from line to line, and along one; one of them is 1
+  const T* at(int64_t i, int64_t k) const { return data + i * line + k * step; }
+};
+
+// `count` elements and zeros.
+template <class T>
+Words load_words(const T* from, int64_t count) {
+  Words x{};
+  std::memcpy(&x, from, std::max<int64_t>(count, 0) * sizeof(T));
+  return x;
+}
+
+// Of lines that are contiguous: whole words of up to sixteen of them, transposed.
+template <class T>
+void pack_along(Strip& strip, const Lines<T>& from, int64_t first, int64_t lines, int64_t begin,
+                int64_t end) {
+  constexpr int64_t kStep = kLanes * kPerWord<T>;
+  Words* to = strip;
+  for (int64_t k = begin; k < end; k += kStep, to += kLanes) {
+    Tile tile;
+    if (lines == kLanes && end - k >= kStep) {
+      for (int64_t i = 0; i < kLanes; ++i) tile[i] = load_words(from.at(first + i, k), kStep);
+    } else {
+      for (int64_t i = 0; i < kLanes; ++i)
+        tile[i] = i < lines ? load_words(from.at(first + i, k), std::min(end - k, kStep)) : Words{};
+    }
+    transpose(tile);
+    std::copy(tile, tile + kLanes, to);
+  }
+}
+
+// Of lines that lie side by side.
+inline Words across(const Lines<float>& from, int64_t first, int64_t lines, int64_t k, int64_t) {
+  return load_words(from.at(first, k), lines);
+}
+inline Words across(const Lines<BFloat16>& from, int64_t first, int64_t lines, int64_t k,
+                    int64_t end) {
+  Halves low{}, high{};
+  std::memcpy(&low, from.at(first, k), lines * sizeof(BFloat16));
+  if (k + 1 < end) std::memcpy(&high, from.at(first, k + 1), lines * sizeof(BFloat16));
+  return __builtin_convertvector(low, Words) | __builtin_convertvector(high, Words) << 16;
+}
+template <class T>
+void pack_across(Strip& strip, const Lines<T>& from, int64_t first, int64_t lines, int64_t begin,
+                 int64_t end) {
+  Words* to = strip;
+  for (int64_t k = begin; k < end; k += kPerWord<T>)
+    *to++ = lines == kLanes ? across(from, first, kLanes, k, end)
+                            : across(from, first, lines, k, end);
+}
+
+// Lines `first` to `last`, depth `begin` to `end`, which is one part or less.
+template <class T>
+void pack(Strip* strips, const Lines<T>& from, int64_t first, int64_t last, int64_t begin,
+          int64_t end) {
+  for (; first < last; first += kLanes, ++strips) {
+    const int64_t lines = std::min(last - first, kLanes);
+    if (from.step == 1) pack_along(*strips, from, first, lines, begin, end);
+    else pack_across(*strips, from, first, lines, begin, end);
+  }
+}
+
+// sums = a b, or sums += a b, for eight lines of a strip of a and two strips of b.
+template <class T>
+[[gnu::noinline]] void multiply(const uint32_t* a, const Strip* b, int64_t words, bool first,
+                                float* to, int64_t stride) {
+  Floats sums[kRows][2]{};
+  for (int64_t k = 0; k < words; ++k) {
+    Words left = b[0][k], right = b[1][k];
+    asm("" : "+v"(left), "+v"(right));  // or the compiler reads them again for each row
+#pragma GCC unroll 8
+    for (int64_t i = 0; i < kRows; ++i) {
+      const Words x = splat(a[k * kLanes + i]);
+      sums[i][0] = add_products<T>(sums[i][0], x, left);
+      sums[i][1] = add_products<T>(sums[i][1], x, right);
+    }
+  }
+  for (int64_t i = 0; i < kRows; ++i)
+    for (int64_t v = 0; v < 2; ++v) {
+      float* const out = to + i * stride + v * kLanes;
+      store(out, first ? sums[i][v] : load(out, kLanes) + sums[i][v], kLanes);
+    }
+}
+
+template <class T>
+struct Product {
+  Lines<T> a, b;
+  int64_t rows, columns, depth;
+};
+
+// What one thread works in.
+struct Memory {
+  std::unique_ptr<Strip[]> a, b;
+  std::unique_ptr<float[]> sums;
+  explicit Memory(int64_t block_rows)
+      : a(new Strip[block_rows / kLanes]),
+        b(new Strip[kBlockColumns / kLanes]),
+        sums(new float[block_rows * kBlockColumns]) {}
+};
+
+template <class T>
+void sum_block(const Product<T>& p, int64_t row, int64_t last_row, int64_t column,
+               int64_t last_column, Memory& memory) {
+  constexpr int64_t kDepth = kPart * kPerWord<T>;
+  int64_t begin = 0;
+  do {
+    const int64_t end = std::min(begin + kDepth, p.depth);
+    const int64_t words = (end - begin + kPerWord<T> - 1) / kPerWord<T>;
+    pack(memory.a.get(), p.a, row, last_row, begin, end);
+    pack(memory.b.get(), p.b, column, last_column, begin, end);
+    for (int64_t j = 0; j < last_column - column; j += kColumns)
+      for (int64_t i = 0; i < last_row - row; i += kRows) {
+        const auto* const a = reinterpret_cast<const uint32_t*>(memory.a[i / kLanes]) + i % kLanes;
+        multiply<T>(a, &memory.b[j / kLanes], words, begin == 0,
+                    &memory.sums[i * kBlockColumns + j], kBlockColumns);
+      }
+  } while ((begin += kDepth) < p.depth);
+}
+
+template <class T, class Out>
+void gemm(const Tensor& out, const Product<T>& p, bool add) {
+  const auto to = rows_of<Out>(out);
+  const int64_t across = (p.columns + kBlockColumns - 1) / kBlockColumns;
+  // Lower blocks where there are few of them, so that no thread waits for another's last.
+  const int64_t threads = torch::stable::get_num_threads();
+  int64_t block_rows = kMostBlockRows;
+  while (block_rows > 2 * kLanes && p.rows * across < 2 * threads * block_rows) block_rows /= 2;
+  const int64_t blocks = (p.rows + block_rows - 1) / block_rows * across;
+  torch::stable::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
+    Memory memory(block_rows);
+    for (int64_t block = begin; block < end; ++block) {
+      const int64_t row = block / across * block_rows, column = block % across * kBlockColumns;
+      const int64_t last_row = std::min(row + block_rows, p.rows);
+      const int64_t last_column = std::min(column + kBlockColumns, p.columns);
+      sum_block(p, row, last_row, column, last_column, memory);
+      for (int64_t i = row; i < last_row; ++i) {
+        const float* const sums = &memory.sums[(i - row) * kBlockColumns];
+        Out* const here = to[i] + column;
+        each_vector(last_column - column, [&](int64_t j, int64_t count) {
+          const Floats sum = load(sums + j, count);
+          store(here + j, add ? sum + load(here + j, count) : sum, count);
+        });
+      }
+    }
+  });
+}
+
+template <class T>
+Lines<T> lines_of(const Tensor& x, int64_t dim) {
+  return {static_cast<const T*>(x.data_ptr()), x.stride(dim), x.stride(1 - dim)};
+}
+
+template <class T>
+void run(const Tensor& out, const Tensor& a, const Tensor& b, bool add) {
+  const Product<T> p{lines_of<T>(a, 0), lines_of<T>(b, 1), a.size(0), b.size(1), a.size(1)};
+  if (out.scalar_type() == ScalarType::Float) gemm<T, float>(out, p, add);
+  else gemm<T, BFloat16>(out, p, add);
+}
+
+void check(const Tensor& x) {
+  STD_TORCH_CHECK(x.dim() == 2 && (x.stride(0) == 1 || x.stride(1) == 1),
+                  "out, a and b must be matrices with unit row or column stride");
+}
+
+// out = a b, or out += a b.
+void gemm_op(const Tensor& out, const Tensor& a, const Tensor& b, bool add) {
+  for (const Tensor* x : {&out, &a, &b}) check(*x);
+  const ScalarType dtype = a.scalar_type();
+  STD_TORCH_CHECK(dtype == b.scalar_type() &&
+                      (dtype == ScalarType::Float || dtype == ScalarType::BFloat16),
+                  "a and b must both be fp32 or both bf16");
+  STD_TORCH_CHECK(out.scalar_type() == ScalarType::Float ||
+                      out.scalar_type() == ScalarType::BFloat16,
+                  "out must be fp32 or bf16");
+  STD_TORCH_CHECK(a.size(1) == b.size(0) && out.size(0) == a.size(0) && out.size(1) == b.size(1),
+                  "shapes must be [M, N] for [M, K] and [K, N]");
+  STD_TORCH_CHECK(out.size(1) < 2 || out.stride(1) == 1, "out must have unit column stride");
+  if (out.size(0) == 0 || out.size(1) == 0) return;
+  if (dtype == ScalarType::Float) run<float>(out, a, b, add);
+  else run<BFloat16>(out, a, b, add);
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(srlm_kernels_c, library) {
+  library.def("gemm(Tensor(a!) out, Tensor a, Tensor b, bool add) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(srlm_kernels_c, CPU, library) {
+  library.impl("gemm", TORCH_BOX(&gemm_op));
+}
+
+}  // namespace srlm
+
+#endif

@@ -1,0 +1,35 @@
+"""Matrix products in C++ for CPUs with AVX-512."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from srlm_kernels import native
+
+
+def gemm_takes(a: Tensor, out_dtype: torch.dtype) -> bool:
+    """Whether `gemm_cpp` can multiply `a` with a matrix of its dtype here."""
+    known = (torch.float32, torch.bfloat16)
+    return a.device.type == "cpu" and a.dtype in known and out_dtype in known and native.has("gemm")
+
+
+def gemm_cpp(out: Tensor, a: Tensor, b: Tensor, *, add: bool = False) -> Tensor:
+    """out = a @ b, or out += a @ b, on the CPU, with fp32 sums that are rounded once, to `out`.
+
+    Sums run over 256 words of four bytes at a time and are then added up, in an order that depends
+    on neither the number of threads nor the sizes. Denormal numbers may count as 0 in bf16.
+
+    Args:
+        out: [M, N] fp32 or bf16, unit column stride; shares no memory with the operands.
+        a, b: [M, K] and [K, N], both fp32 or both bf16, each of unit row or column stride.
+
+    Returns:
+        `out`.
+
+    Raises:
+        AttributeError: no library, or one built without AVX-512 (`gemm_takes` tells).
+        RuntimeError: tensors that do not fit together.
+    """
+    torch.ops.srlm_kernels_c.gemm.default(out, a, b, add)
+    return out

@@ -18,7 +18,7 @@ namespace {
 // registers. Both operands are packed for it: strips of sixteen rows of a, or columns of b, whose
 // words of one depth lie side by side.
 constexpr int64_t kRows = 8, kColumns = 2 * kLanes;
-constexpr int64_t kBlockColumns = 256, kMostBlockRows = 256;
+constexpr int64_t kBlockColumns = 128, kMostBlockRows = 512;
 using Strip = Words[kPart];
 
 // Any matrix of which rows or columns are contiguous, as its rows or columns ("lines") are packed.
@@ -87,6 +87,20 @@ void pack(Strip* strips, const Lines<T>& from, int64_t first, int64_t last, int6
   }
 }
 
+// Has lines read into the second-level cache, which packing would have to wait for: they are short
+// streams from many places, which the hardware does not follow by itself.
+template <class T>
+void fetch_early(const Lines<T>& from, int64_t first, int64_t last, int64_t begin, int64_t end) {
+  constexpr int64_t kLine = 64 / sizeof(T);
+  if (from.step == 1) {
+    for (int64_t i = first; i < last; ++i)
+      for (int64_t k = begin; k < end; k += kLine) __builtin_prefetch(from.at(i, k), 0, 2);
+  } else {
+    for (int64_t k = begin; k < end; ++k)
+      for (int64_t i = first; i < last; i += kLine) __builtin_prefetch(from.at(i, k), 0, 2);
+  }
+}
+
 // sums = a b, or sums += a b, for eight lines of a strip of a and two strips of b.
 template <class T>
 [[gnu::noinline]] void multiply(const uint32_t* a, const Strip* b, int64_t words, bool first,
@@ -115,10 +129,11 @@ struct Product {
   int64_t rows, columns, depth;
 };
 
-// What one thread works in.
+// What one thread works in, and which lines of operands of a single part are packed there.
 struct Memory {
   std::unique_ptr<Strip[]> a, b;
   std::unique_ptr<float[]> sums;
+  int64_t row = -1, column = -1;
   explicit Memory(int64_t block_rows)
       : a(new Strip[block_rows / kLanes]),
         b(new Strip[kBlockColumns / kLanes]),
@@ -133,14 +148,23 @@ void sum_block(const Product<T>& p, int64_t row, int64_t last_row, int64_t colum
   do {
     const int64_t end = std::min(begin + kDepth, p.depth);
     const int64_t words = (end - begin + kPerWord<T> - 1) / kPerWord<T>;
-    pack(memory.a.get(), p.a, row, last_row, begin, end);
-    pack(memory.b.get(), p.b, column, last_column, begin, end);
-    for (int64_t j = 0; j < last_column - column; j += kColumns)
+    const bool whole = p.depth <= kDepth;
+    if (!whole || memory.row != row) pack(memory.a.get(), p.a, row, last_row, begin, end);
+    if (!whole || memory.column != column)
+      pack(memory.b.get(), p.b, column, last_column, begin, end);
+    memory.row = row;
+    memory.column = column;
+    const bool next_columns = last_column < p.columns;
+    for (int64_t j = 0; j < last_column - column; j += kColumns) {
+      if (next_columns)
+        fetch_early(p.b, std::min(last_column + j, p.columns),
+                    std::min(last_column + j + kColumns, p.columns), begin, end);
       for (int64_t i = 0; i < last_row - row; i += kRows) {
         const auto* const a = reinterpret_cast<const uint32_t*>(memory.a[i / kLanes]) + i % kLanes;
         multiply<T>(a, &memory.b[j / kLanes], words, begin == 0,
                     &memory.sums[i * kBlockColumns + j], kBlockColumns);
       }
+    }
   } while ((begin += kDepth) < p.depth);
 }
 

@@ -79,13 +79,17 @@ class TrainConfig:
     warmup_ratio: float = 0.0
     num_train_epochs: int = 2
     per_device_train_batch_size: int = 16  # sequences (SFT) or pairs of one optimiser step
-    micro_batch_size: int = 0  # sequences or pairs of one forward; 0: the whole batch
+    micro_batch_size: int = 0  # sequences or pairs of one forward at most; 0: the whole batch
+    micro_batch_tokens: int = 0  # tokens of one forward at most, but one item; 0: no limit
+    gradient_checkpointing: bool = (
+        False  # keep a layer's input only: a third more time, less memory
+    )
     weight_decay: float = 0.0
     adam_beta1: float = 0.9
     adam_beta2: float = 0.999
     max_grad_norm: float = 1.0  # 0: no clipping
     max_length: int = 0  # prompt + response tokens, longer rows dropped; 0: the model's context
-    layout: Literal["padded", "packed"] = "padded"
+    layout: Literal["auto", "shared", "padded"] = "auto"  # shared: packed, a pair's prompt once
     logging_steps: int = 10
 
     def __post_init__(self) -> None:
@@ -95,6 +99,7 @@ class TrainConfig:
             self.per_device_train_batch_size >= 1, "per_device_train_batch_size must be at least 1"
         )
         _require(self.micro_batch_size >= 0, "micro_batch_size must not be negative")
+        _require(self.micro_batch_tokens >= 0, "micro_batch_tokens must not be negative")
         _require(0 <= self.warmup_ratio <= 1, "warmup_ratio must lie in 0..1")
         _require(0 <= self.min_lr_ratio <= 1, "min_lr_ratio must lie in 0..1")
         _require(self.weight_decay >= 0, "weight_decay must not be negative")
@@ -118,6 +123,7 @@ class PreferenceConfig(TrainConfig):
     simpo_gamma: float = 0.5
     rpo_alpha: float = 0.0  # weight of the chosen response's mean negative log-likelihood
     reference: Literal["previous", "fixed"] = "previous"
+    reference_cache: Literal["none", "logps", "states"] = "none"  # run it once; spa needs states
 
     def __post_init__(self) -> None:
         super().__post_init__()

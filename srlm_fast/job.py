@@ -63,6 +63,8 @@ def prepare(config: Config) -> Job:
         raise UserError(f"unknown preference.loss_type; known are {known}")
     if config.method == "spa" and config.preference.loss_type != "sigmoid":
         raise UserError("method spa refines the DPO loss; set preference.loss_type to sigmoid")
+    if config.method == "spa" and config.preference.reference_cache == "logps":
+        raise UserError("method spa needs logits of the reference; use reference_cache: states")
     if config.method == "spa" and config.judge.kind in ("prompted", "expected"):
         load_judge_prompt(config.judge.prompt)
     if config.method == "srlm":

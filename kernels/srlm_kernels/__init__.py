@@ -12,6 +12,7 @@ from srlm_kernels.linear_logp import LinearLogp, linear_logp
 from srlm_kernels.linear_preference_loss import PreferenceLoss, linear_preference_loss
 from srlm_kernels.losses import PairLogps
 from srlm_kernels.merge_states import merge_states
+from srlm_kernels.prefix_attention import PrefixPlan, prefix_attention
 from srlm_kernels.sample import Draw, SampleParams, sample
 from srlm_kernels.tree_attention import TreePlan, tree_attention
 
@@ -20,6 +21,7 @@ __all__ = [
     "LinearLogp",
     "PairLogps",
     "PreferenceLoss",
+    "PrefixPlan",
     "SampleParams",
     "TreePlan",
     "explain",
@@ -29,6 +31,7 @@ __all__ = [
     "linear_preference_loss",
     "losses",
     "merge_states",
+    "prefix_attention",
     "sample",
     "tree_attention",
 ]

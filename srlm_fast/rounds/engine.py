@@ -6,6 +6,7 @@ stage that trains changes it in place. Only references are other copies.
 
 from __future__ import annotations
 
+import shutil
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -96,10 +97,13 @@ class Engine:
         config = self._fit(replace(self.config.preference, **changes))
 
         def train() -> dict[str, Any]:
-            reference = frozen_copy(self.model)
+            reference = self.model
+            if config.reference == "fixed" or config.reference_cache == "none":
+                reference = frozen_copy(self.model)
             if config.reference == "fixed":
                 load_weights(reference, fixed)
-            return train_preference(
+            cache = self.run.folder / "state" / name
+            summary = train_preference(
                 self.model,
                 reference,
                 pairs,
@@ -109,7 +113,10 @@ class Engine:
                 seed=self.run.seed(name),
                 pad_id=self.template.pad_id,
                 log=self.run.logger(f"train/{name}"),
+                cache=cache,
             )
+            shutil.rmtree(cache, ignore_errors=True)
+            return summary
 
         self._become(name, train)
 

@@ -1,40 +1,41 @@
-"""Token-id rows as batches: what is trained on, in which order, and where the loss falls.
+"""Token-id rows as one forward's input, and where in it the loss falls.
 
-A row is (prompt ids, response ids). An item is what the loss is a sum over: one row (SFT), or the
-chosen and the rejected row of a pair. Ids are trained on as they are: no EOS is added, none is cut.
+A row is (prompt ids, response ids). Ids are trained on as they are: no EOS is added, none is cut.
 """
 
 from __future__ import annotations
 
-import random
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from functools import partial
+from itertools import accumulate, groupby
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from srlm_fast.config import TrainConfig
-from srlm_fast.errors import UserError
+from srlm_fast.model.forward import hidden_states
+from srlm_fast.model.prefix import packed_states
+from srlm_kernels import PrefixPlan
 
 Row = tuple[Sequence[int], Sequence[int]]
-Item = tuple[Row, ...]
+Layout = Literal["shared", "padded"]
 
 
 @dataclass(frozen=True)
 class Batch:
     """One forward's input, and where in its hidden states the responses are predicted.
 
-    input_ids, position_ids: int64, [B, S] padded on the right, or [1, T] packed. Neither has an
-        attention mask: no token sees the padding on its right, and from positions that start again
-        transformers knows which packed tokens see each other. (A mask would do harm: padding
-        beyond a sliding window sees nothing, and a softmax over nothing is NaN.)
+    input_ids, position_ids: int64, [B, S] padded on the right, or [1, T] packed as `plan` says.
+        There is no attention mask: no token sees the padding on its right. (A mask would do harm:
+        padding beyond a sliding window sees nothing, and a softmax over nothing is NaN.)
     rows: [N] int64, index into the flattened hidden states of the position that predicts each
-        response token; the first one is predicted by the last prompt token.
+        response token; the first one is predicted by the last prompt token, which responses that
+        share a prompt have in common.
     target: [N] int64, the response tokens, sequence after sequence.
     cu_seqlens: [sequences + 1] int32, where each sequence's targets begin and end in [N].
-    num_tokens: prompt and response tokens, padding not counted.
+    num_tokens: prompt and response tokens that are computed, padding not counted.
+    plan: of the packed tokens; None: the batch is padded.
     """
 
     input_ids: Tensor
@@ -43,104 +44,81 @@ class Batch:
     target: Tensor
     cu_seqlens: Tensor
     num_tokens: int
+    plan: PrefixPlan | None = None
+
+    def states(self, model: Any) -> Tensor:
+        """The last hidden states of `model`, [B * S, D]; `rows` counts along them."""
+        if self.plan is None:
+            return hidden_states(model, self.input_ids, position_ids=self.position_ids).flatten(
+                0, 1
+            )
+        return packed_states(model, self.input_ids, self.position_ids, self.plan)[0]
 
 
 def collate(
     rows: Sequence[Row],
     *,
     pad_id: int,
-    layout: Literal["padded", "packed"] = "padded",
+    layout: Layout = "padded",
     device: torch.device | str = "cpu",
 ) -> Batch:
-    """The batch of `rows`, in their order; every prompt must have at least one token."""
-    lengths = [len(prompt) + len(response) for prompt, response in rows]
-    width = max(lengths) if layout == "padded" else 0
+    """The batch of `rows`, in their order; every prompt must have at least one token.
+
+    With "shared" nothing is padded, and neighbouring rows with the same prompt compute it once.
+    """
+    groups = [[row] for row in rows]
+    if layout == "shared":
+        groups = [list(group) for _, group in groupby(rows, lambda row: tuple(row[0]))]
+    width = max(len(prompt) + len(response) for prompt, response in rows)
     ids: list[int] = []
     positions: list[int] = []
     predicting: list[int] = []
-    target: list[int] = []
-    ends = [0]
-    for (prompt, response), length in zip(rows, lengths, strict=True):
-        first = len(ids) + len(prompt) - 1
-        predicting.extend(range(first, first + len(response)))
-        target.extend(response)
-        ends.append(len(target))
+    for group in groups:
+        prompt = group[0][0]
+        last = len(ids) + len(prompt) - 1
         ids.extend(prompt)
-        ids.extend(response)
-        if layout == "packed":
-            positions.extend(range(length))
-        else:
-            ids.extend([pad_id] * (width - length))
-
-    def tensor(values: list[int], dtype: torch.dtype = torch.int64) -> Tensor:
-        host = torch.tensor(values, dtype=dtype)
-        if torch.device(device).type == "cuda":
-            host = host.pin_memory()  # an unpinned copy would wait for the device
-        return host.to(device, non_blocking=True)
-
-    if layout == "packed":
-        position_ids = tensor(positions)[None]
-    else:
-        position_ids = torch.arange(width, device=device).expand(len(rows), width)
+        positions.extend(range(len(prompt)))
+        for _, response in group:
+            predicting.append(last)
+            predicting.extend(range(len(ids), len(ids) + len(response) - 1))
+            ids.extend(response)
+            positions.extend(range(len(prompt), len(prompt) + len(response)))
+        if layout == "padded":
+            ids.extend([pad_id] * (-len(ids) % width))
+    tensor = partial(_on_device, device=torch.device(device))
+    shape = (1, len(ids)) if layout == "shared" else (len(rows), width)
     return Batch(
-        input_ids=tensor(ids).view(position_ids.shape),
-        position_ids=position_ids,
+        input_ids=tensor(ids).view(shape),
+        position_ids=tensor(positions)[None] if layout == "shared" else _counted(shape, device),
         rows=tensor(predicting),
-        target=tensor(target),
-        cu_seqlens=tensor(ends, torch.int32),
-        num_tokens=sum(lengths),
+        target=tensor([token for _, response in rows for token in response]),
+        cu_seqlens=tensor([0, *accumulate(len(r) for _, r in rows)], dtype=torch.int32),
+        num_tokens=len(positions),
+        plan=_plan(groups) if layout == "shared" else None,
     )
 
 
-def usable_items(items: Sequence[Item], max_length: int) -> tuple[list[int], Counter[str]]:
-    """Indices of the items that can be trained on, and the number dropped by reason.
-
-    `too_long`: a row exceeds `max_length` tokens. `empty`: a row has no prompt or no response, so
-    nothing in it is predicted. Raises UserError when there were no items or none is left.
-    """
-    if not items:
-        raise UserError("there is nothing to train on: the training set is empty")
-    kept: list[int] = []
-    dropped: Counter[str] = Counter()
-    for index, item in enumerate(items):
-        if any(not prompt or not response for prompt, response in item):
-            dropped["empty"] += 1
-        elif max(_lengths(item)) > max_length:
-            dropped["too_long"] += 1
-        else:
-            kept.append(index)
-    if not kept:
-        cure = (
-            f"use shorter prompts and responses, or raise max_length (now {max_length} tokens) as "
-            "far as the model's context allows"
-            if dropped["too_long"]
-            else "give rows that have a prompt and a response"
-        )
-        raise UserError(f"all {len(items)} training rows were dropped ({dict(dropped)}): {cure}")
-    return kept, dropped
+def _plan(groups: Sequence[Sequence[Row]]) -> PrefixPlan:
+    """A row with nobody to share its prompt is one causal stretch, which is less work."""
+    return PrefixPlan.of(
+        [
+            (len(prompt), [len(response) for _, response in group])
+            if len(group) > 1
+            else (len(prompt) + len(group[0][1]), [])
+            for group in groups
+            for prompt in (group[0][0],)
+        ]
+    )
 
 
-def plan_steps(
-    items: Sequence[Item], kept: Sequence[int], config: TrainConfig, seed: int
-) -> list[list[list[int]]]:
-    """Every optimiser step of a training as its micro-batches of item indices.
-
-    Each epoch is a new shuffle of `kept`, drawn from `seed` and the epoch alone; the last step of
-    an epoch may be smaller. Within a step the items are ordered by length, so that a micro-batch
-    holds little padding; which items share a step stays random.
-    """
-    size = config.per_device_train_batch_size
-    micro = config.micro_batch_size or size
-    longest = {index: max(_lengths(items[index])) for index in kept}
-    plan = []
-    for epoch in range(config.num_train_epochs):
-        order = list(kept)
-        random.Random(f"{seed}/{epoch}").shuffle(order)
-        for start in range(0, len(order), size):
-            step = sorted(order[start : start + size], key=longest.__getitem__)
-            plan.append([step[i : i + micro] for i in range(0, len(step), micro)])
-    return plan
+def _counted(shape: tuple[int, int], device: torch.device | str) -> Tensor:
+    return torch.arange(shape[1], device=device).expand(shape)
 
 
-def _lengths(item: Item) -> list[int]:
-    return [len(prompt) + len(response) for prompt, response in item]
+def _on_device(
+    values: Sequence[int], *, device: torch.device, dtype: torch.dtype = torch.int64
+) -> Tensor:
+    host = torch.tensor(values, dtype=dtype)
+    if device.type == "cuda":
+        host = host.pin_memory()  # an unpinned copy would wait for the device
+    return host.to(device, non_blocking=True)

@@ -45,6 +45,10 @@ class Metrics:
         self._micros.append(torch.stack([micro.loss.detach(), *micro.sums.values()]).float())
         self._count += micro.count
 
+    def discard_step(self) -> None:
+        """Forgets the step under way."""
+        self._micros, self._count = [], 0
+
     def step_loss(self) -> Tensor:
         """0-d: the loss of the step under way."""
         return torch.stack([micro[0] for micro in self._micros]).sum()

@@ -75,20 +75,29 @@ class NoiseDetector:
         self._means: deque[Tensor] = deque(maxlen=OFFICIAL_WINDOW)
         self._scored_at: int | None = None
         self._flagged: list[tuple[Sequence[int], Tensor]] = []
+        self._start = (-1, self.tau, self._seen, self._means.copy(), 0)
 
     def begin_step(self, step: int, score: Callable[[], Tensor]) -> None:
         """Sets alpha for optimiser step `step` (from 0), and tau in `dataset` mode.
 
-        `score` gives the extrapolated margins of all pairs of the round, nats without beta.
+        `score` gives the extrapolated margins of all pairs of the round, nats without beta. For a
+        step that begins again everything is as it was when it began first.
         """
+        if step == self._start[0]:
+            _, self.tau, self._seen, means, flagged = self._start
+            self._means = means.copy()
+            del self._flagged[flagged:]
+            return
         off = step < self.refine.warmup_fraction * self.steps
         self.alpha = 0.0 if off else self.refine.alpha
-        if off or self.refine.tau != "dataset":
-            return
-        interval = self.refine.interval
-        if self._scored_at is None or (interval > 0 and step >= self._scored_at + interval):
+        if not off and self.refine.tau == "dataset" and self._is_due(step):
             self.tau = quantile(self.beta * score(), self.refine.k_percent)
             self._scored_at = step
+        self._start = (step, self.tau, self._seen, self._means.copy(), len(self._flagged))
+
+    def _is_due(self, step: int) -> bool:
+        interval = self.refine.interval
+        return self._scored_at is None or (interval > 0 and step >= self._scored_at + interval)
 
     def loss(self) -> losses.spa:
         """The refined loss (eq. 10) as of now."""

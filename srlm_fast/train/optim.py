@@ -64,6 +64,11 @@ class Optimizer:
                 master.grad += param.grad
             param.grad = None
 
+    def discard(self) -> None:
+        """Forgets the gradients collected since the last step."""
+        for tensor in (*self.params, *self.masters):
+            tensor.grad = None
+
     @torch.no_grad()
     def step(self, loss: Tensor, factor: float) -> tuple[Tensor, Tensor]:
         """One update at learning_rate * factor from the collected gradients, which are cleared.

@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -14,12 +15,15 @@ from torch import Tensor
 from srlm_fast.config import PreferenceConfig
 from srlm_fast.data.records import Pair
 from srlm_fast.errors import UserError
-from srlm_fast.model.forward import hidden_states, lm_head
+from srlm_fast.model.forward import lm_head
 from srlm_fast.model.load import context_length
-from srlm_fast.train.batches import Batch, Item, collate, plan_steps, usable_items
+from srlm_fast.train.batches import Batch, Layout, collate
 from srlm_fast.train.fit import fit
+from srlm_fast.train.layout import choose_layout
 from srlm_fast.train.metrics import Log, Micro
 from srlm_fast.train.noise import NoiseDetector, Refinement
+from srlm_fast.train.plan import Item, MicroBatches, plan_steps, usable_items
+from srlm_fast.train.reference import Reference, choose_reference
 from srlm_kernels import linear_preference_loss, losses
 from srlm_kernels.linear_preference_loss import PreferenceLoss
 
@@ -38,14 +42,19 @@ def train_preference(
     pad_id: int,
     log: Log,
     reference_is_start: bool = True,
+    cache: Path | None = None,
 ) -> dict[str, Any]:
     """Trains `model` in place against the frozen `reference` on the token ids of `pairs`.
+
+    Where `config.reference_cache` is not "none", `reference` runs once before the training and may
+    be `model` itself; "states" are kept in the folder `cache`, which may be removed afterwards.
 
     The loss is `config.loss_type` with `config.beta` on summed log-probs, averaged over the pairs
     of an optimiser step, plus `config.rpo_alpha` times the chosen response's mean negative
     log-likelihood. With `refine` it is SPA's refined DPO loss instead.
     reference_is_start: `reference` has the weights that `model` starts from. Then every margin of
-    the first step must be exactly 0; RuntimeError is raised, before any weight changes, if not.
+    the first step must be exactly 0 (with a cache: below the noise measured when it was made);
+    RuntimeError is raised, before any weight changes, if not.
 
     `log` gets TRL's metrics (`fit`'s, logps/*, rewards/*) and with `refine` spa/tau,
     spa/flagged_share and spa/extrapolated_margin (beta-scaled).
@@ -56,13 +65,26 @@ def train_preference(
     or it was dropped.
     Raises UserError when no pair is left, the loss is unknown or training diverges.
     """
+    if config.reference_cache == "none" and reference is model:
+        raise ValueError("a model that trains cannot be its own reference without reference_cache")
+    if config.reference_cache == "logps" and refine:
+        raise UserError(
+            "SPA mixes the logits of policy and reference, and sums of log-probs have none: set "
+            "preference.reference_cache to states or none"
+        )
     items = [((p.prompt_ids, p.chosen_ids), (p.prompt_ids, p.rejected_ids)) for p in pairs]
     kept, dropped = usable_items(items, config.max_length or context_length(model))
-    plan = plan_steps(items, kept, config, seed)
+    plan = plan_steps(kept, config, seed)
+    layout = choose_layout(model, config)
+    micro_batches = MicroBatches(items, config, layout)
     extrapolation = refine.lam if refine else None
-    forward = _PairForward(model, reference, items, config, pad_id, extrapolation)
+    forward = PairForward(model, items, config, layout, pad_id, extrapolation)
     loss = pair_loss(config)
-    reference.eval()
+
+    def all_micros() -> list[list[int]]:
+        return micro_batches.forwards(kept, config.per_device_train_batch_size)
+
+    compared = choose_reference(reference, config, all_micros(), forward.collate, cache)
     dtype = torch.promote_types(model.dtype, torch.float32)
     noise = refine and NoiseDetector(
         refine,
@@ -71,28 +93,31 @@ def train_preference(
         steps=len(plan),
         like=torch.zeros((), device=model.device, dtype=dtype),
     )
-    late: list[tuple[int, Tensor]] = []
+    late: dict[int, list[tuple[int, Tensor]]] = {}
 
     def step_function(step: int, micros: Sequence[Sequence[int]]) -> Iterator[Micro]:
         num_pairs = sum(map(len, micros))
+        if step >= 3 * len(plan) // 4:
+            late[step] = []
         if noise:
-            noise.begin_step(step, lambda: forward.ext_margins(kept, loss))
+            noise.begin_step(step, lambda: forward.ext_margins(all_micros(), compared, loss))
         for indices in micros:
             loss_fn = noise.loss() if noise else loss
-            result, batch = forward(indices, loss_fn, scale=1 / num_pairs)
+            result, batch = forward(indices, compared, loss_fn, scale=1 / num_pairs)
             if step == 0 and reference_is_start:
-                check_start(result, loss_fn, batch, config.rpo_alpha)
+                check_start(result, loss_fn, batch, config.rpo_alpha, compared.floor)
             sums = _pair_metrics(result, config.beta)
-            if step >= 3 * len(plan) // 4:
-                late.append((len(indices), torch.stack([*sums.values()])))
+            if step in late:
+                late[step].append((len(indices), torch.stack([*sums.values()])))
             if noise:
                 sums |= noise.observe(indices, result.ext_margins)
             yield Micro(result.loss, len(indices), batch.num_tokens, sums)
         if noise:
             noise.end_step()
 
-    summary = fit(model, config, plan, step_function, log=log, name="preference")
-    summary |= {"pairs": len(kept), "dropped": dict(dropped), **_late_means(late, config.beta)}
+    summary = fit(model, config, plan, micro_batches, step_function, log=log, name="preference")
+    last = [micro for micros in late.values() for micro in micros]
+    summary |= {"pairs": len(kept), "dropped": dict(dropped), **_late_means(last, config.beta)}
     if noise:
         summary["flags"] = noise.flags(len(pairs))
     return summary
@@ -117,9 +142,13 @@ def pair_loss(config: PreferenceConfig) -> Callable[..., Tensor]:
 
 
 def check_start(
-    result: PreferenceLoss, loss: Callable[..., Tensor], batch: Batch, rpo_alpha: float
+    result: PreferenceLoss,
+    loss: Callable[..., Tensor],
+    batch: Batch,
+    rpo_alpha: float,
+    floor: float = 0.0,
 ) -> None:
-    """Policy and reference are one model, so they must agree exactly.
+    """Policy and reference are one model, so they must agree exactly, or to `floor` nats.
 
     Every margin must be 0, and the sigmoid family's loss ln 2 to 1e-6. Raises RuntimeError.
     """
@@ -129,12 +158,12 @@ def check_start(
             "the model's first log-probabilities are not finite, before any training: its weights, "
             "or its attention in this dtype, are broken"
         )
-    if worst != 0.0:
+    if worst > floor:
         raise RuntimeError(
             f"the reference is the model's own start, yet a margin of the first step is {worst:g} "
             "and not 0: policy and reference do not take the same code path, dtype or weights"
         )
-    if isinstance(loss, SIGMOID_FAMILY):
+    if isinstance(loss, SIGMOID_FAMILY) and floor == 0.0:
         nll = -(result.logp / batch.cu_seqlens.diff())[::2]
         error = float((result.losses - rpo_alpha * nll - math.log(2)).abs().max())
         if not error <= 1e-6 * max(1.0, float(result.losses.max())):
@@ -145,34 +174,39 @@ def check_start(
 
 
 @dataclass(frozen=True)
-class _PairForward:
-    """Policy and reference over one batch of pairs, along the same path."""
+class PairForward:
+    """The policy over one batch of pairs, and its loss against the reference."""
 
     model: Any
-    reference: Any
     items: Sequence[Item]
     config: PreferenceConfig
+    layout: Layout
     pad_id: int
     extrapolation: float | None
 
-    def __call__(
-        self, indices: Sequence[int], loss: Callable[..., Tensor], scale: float
-    ) -> tuple[PreferenceLoss, Batch]:
-        """The loss of the items `indices`, times `scale`, with the likelihood term if wanted."""
-        batch = collate(
+    def collate(self, indices: Sequence[int]) -> Batch:
+        """The batch of the items `indices`."""
+        return collate(
             [row for index in indices for row in self.items[index]],
             pad_id=self.pad_id,
-            layout=self.config.layout,
+            layout=self.layout,
             device=self.model.device,
         )
-        ids, positions = batch.input_ids, batch.position_ids
-        with torch.no_grad():
-            ref_hidden = hidden_states(self.reference, ids, position_ids=positions)
-        hidden = hidden_states(self.model, ids, position_ids=positions)
-        head, ref_head = lm_head(self.model), lm_head(self.reference)
+
+    def __call__(
+        self,
+        indices: Sequence[int],
+        reference: Reference,
+        loss: Callable[..., Tensor],
+        scale: float,
+    ) -> tuple[PreferenceLoss, Batch]:
+        """The loss of the items `indices`, times `scale`, with the likelihood term if wanted."""
+        batch = self.collate(indices)
+        compared = reference.inputs(indices, batch)
+        head = lm_head(self.model)
         rpo_alpha = self.config.rpo_alpha
         result = linear_preference_loss(
-            hidden.flatten(0, 1),
+            batch.states(self.model),
             head.weight,
             batch.target,
             batch.cu_seqlens,
@@ -180,9 +214,7 @@ class _PairForward:
             scale=scale,
             rows=batch.rows,
             bias=head.bias,
-            ref_hidden=ref_hidden.flatten(0, 1),
-            ref_weight=ref_head.weight,
-            ref_bias=ref_head.bias,
+            **compared,
             extrapolation=self.extrapolation,
             softcap=head.softcap,
             logit_scale=head.logit_scale,
@@ -190,11 +222,15 @@ class _PairForward:
         return result, batch
 
     @torch.no_grad()
-    def ext_margins(self, indices: Sequence[int], loss: Callable[..., Tensor]) -> Tensor:
-        """The extrapolated margins (nats, no beta) of all `indices`, in batches."""
-        size = self.config.micro_batch_size or self.config.per_device_train_batch_size
-        chunks = [indices[i : i + size] for i in range(0, len(indices), size)]
-        return torch.cat([self(chunk, loss, scale=1.0)[0].ext_margins for chunk in chunks])
+    def ext_margins(
+        self,
+        micros: Sequence[Sequence[int]],
+        reference: Reference,
+        loss: Callable[..., Tensor],
+    ) -> Tensor:
+        """The extrapolated margins (nats, no beta) of the items of all `micros`."""
+        results = [self(micro, reference, loss, scale=1.0)[0] for micro in micros]
+        return torch.cat([result.ext_margins for result in results])
 
 
 def _pair_metrics(result: PreferenceLoss, beta: float) -> dict[str, Tensor]:

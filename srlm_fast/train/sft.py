@@ -6,11 +6,13 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from srlm_fast.config import TrainConfig
-from srlm_fast.model.forward import hidden_states, lm_head
+from srlm_fast.model.forward import lm_head
 from srlm_fast.model.load import context_length
-from srlm_fast.train.batches import Row, collate, plan_steps, usable_items
+from srlm_fast.train.batches import Row, collate
 from srlm_fast.train.fit import fit
+from srlm_fast.train.layout import choose_layout
 from srlm_fast.train.metrics import Log, Micro
+from srlm_fast.train.plan import MicroBatches, plan_steps, usable_items
 from srlm_kernels import linear_logp
 
 
@@ -32,18 +34,15 @@ def train_sft(
     """
     items = [((prompt, response),) for prompt, response in rows]
     kept, dropped = usable_items(items, config.max_length or context_length(model))
-    device = next(model.parameters()).device
+    device, layout = next(model.parameters()).device, choose_layout(model, config)
 
     def step_function(step: int, micros: Sequence[Sequence[int]]) -> Iterator[Micro]:
         num_targets = sum(len(rows[i][1]) for indices in micros for i in indices)
         for indices in micros:
-            batch = collate(
-                [rows[i] for i in indices], pad_id=pad_id, layout=config.layout, device=device
-            )
-            hidden = hidden_states(model, batch.input_ids, position_ids=batch.position_ids)
+            batch = collate([rows[i] for i in indices], pad_id=pad_id, layout=layout, device=device)
             head = lm_head(model)
             logp = linear_logp(
-                hidden.flatten(0, 1),
+                batch.states(model),
                 head.weight,
                 batch.target,
                 rows=batch.rows,
@@ -53,6 +52,6 @@ def train_sft(
             ).logp
             yield Micro(-logp.sum() / num_targets, len(batch.target), batch.num_tokens)
 
-    plan = plan_steps(items, kept, config, seed)
-    summary = fit(model, config, plan, step_function, log=log, name="sft")
+    plan, micro_batches = plan_steps(kept, config, seed), MicroBatches(items, config, layout)
+    summary = fit(model, config, plan, micro_batches, step_function, log=log, name="sft")
     return {**summary, "rows": len(kept), "dropped": dict(dropped)}

@@ -18,10 +18,11 @@ TILE = CHUNK * 8192  # bytes of logits in a tile, whatever their dtype
 LOGITS = CHUNK * COLUMNS  # numbers in a chunk's
 HEAD = COLUMNS * WIDTH
 DX = 4 * ROWS * WIDTH
-# Our GEMM packs blocks of its operands and sums one of its result, of 256 by 256 each. Torch's for
-# bf16 copies them whole, and its product, rounded, is there before it is added to the sum.
+# Our GEMM packs 512 lines of one operand and 128 of the other, of 256 words each, and sums a block
+# of 512 by 128. Torch's for bf16 copies them whole, and its product, rounded, is there before it is
+# added to the sum.
 OURS = native.has("gemm")
-GEMM = 3 * 4 * 256 * 256 if OURS else 0
+GEMM = 4 * (512 * 256 + 128 * 256 + 512 * 128) if OURS else 0
 BF16_GEMM = 0 if OURS else TILE + 2 * 4096 * WIDTH * 2
 # The row kernels in torch hold up to four copies of a tile in fp32 at a time, those in C++ none.
 COPIES = 0 if native.available() else 4

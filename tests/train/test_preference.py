@@ -10,8 +10,8 @@ from srlm_fast.config import PreferenceConfig
 from srlm_fast.errors import UserError
 from srlm_fast.model.weights import frozen_copy
 from srlm_fast.train import preference
-from srlm_fast.train.batches import plan_steps
 from srlm_fast.train.noise import Refinement
+from srlm_fast.train.plan import plan_steps
 from srlm_fast.train.preference import train_preference
 from srlm_kernels import losses
 
@@ -92,9 +92,11 @@ def plain_weights(make_model, pairs):
 @pytest.fixture
 def plan(pairs):
     """The optimiser steps of CONFIG at seed 0, in the order in which pairs are seen."""
-    items = [((p.prompt_ids, p.chosen_ids), (p.prompt_ids, p.rejected_ids)) for p in pairs]
-    steps = plan_steps(items, range(len(items)), CONFIG, seed=0)
-    return [[i for micro in step for i in micro] for step in steps]
+
+    def longest(i):
+        return len(pairs[i].prompt_ids) + max(len(pairs[i].chosen_ids), len(pairs[i].rejected_ids))
+
+    return [sorted(step, key=longest) for step in plan_steps(range(len(pairs)), CONFIG, seed=0)]
 
 
 @pytest.mark.parametrize("rpo_alpha", [0.0, 0.3])
@@ -145,7 +147,7 @@ def test_decoupling_changes_the_flags(train):
 
 
 @pytest.mark.parametrize("refine", [None, REFINE, replace(REFINE, tau="dataset", interval=2)])
-@pytest.mark.parametrize(("layout", "micro"), [("packed", 0), ("padded", 2)])
+@pytest.mark.parametrize(("layout", "micro"), [("padded", 0), ("shared", 2), ("padded", 2)])
 def test_layout_and_accumulation_do_not_change_the_training(train, refine, layout, micro):
     whole, summary, _ = train(refine=refine)
     other, again, _ = train(replace(CONFIG, layout=layout, micro_batch_size=micro), refine)
@@ -155,7 +157,7 @@ def test_layout_and_accumulation_do_not_change_the_training(train, refine, layou
 
 def test_first_loss_is_ln_2_and_first_margin_exactly_0(train):
     one_step = replace(CONFIG, num_train_epochs=1, per_device_train_batch_size=12)
-    for config in (one_step, replace(one_step, layout="packed", micro_batch_size=5)):
+    for config in (one_step, replace(one_step, layout="padded", micro_batch_size=5)):
         _, summary, logs = train(config, dtype=torch.float32)
         assert summary["loss_first"] == pytest.approx(math.log(2), abs=1e-6)
         assert logs[0]["rewards/margins"] == 0.0 and logs[0]["rewards/chosen"] == 0.0
@@ -202,7 +204,7 @@ def test_metrics_are_trls_and_their_values_those_of_the_models(
     with torch.no_grad():
         chosen = [response_logps(model, p.prompt_ids, p.chosen_ids).sum().item() for p in pairs]
     assert row["logps/chosen"] == pytest.approx(sum(chosen) / 12, rel=1e-5)
-    lengths = [2 * len(p.prompt_ids) + len(p.chosen_ids) + len(p.rejected_ids) for p in pairs]
+    lengths = [len(p.prompt_ids) + len(p.chosen_ids) + len(p.rejected_ids) for p in pairs]
     assert row["num_tokens"] == sum(lengths)
     assert row["rewards/accuracies"] == 0.0 and summary["pairs"] == 12
 

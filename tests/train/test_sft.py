@@ -74,7 +74,7 @@ def test_prompt_tokens_carry_no_loss(make_model, rows, gradients, response_logps
     torch.testing.assert_close(logit_push, (probs @ hidden / len(hidden)).detach())
 
 
-@pytest.mark.parametrize("layout", ["padded", "packed"])
+@pytest.mark.parametrize("layout", ["padded", "shared"])
 @pytest.mark.parametrize("micro", [0, 5, 1])
 def test_layout_and_accumulation_do_not_change_the_gradients(
     make_model, rows, gradients, layout, micro

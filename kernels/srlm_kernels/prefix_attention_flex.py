@@ -1,0 +1,103 @@
+"""`prefix_attention` by FlexAttention: one kernel over the whole row, blocks nobody sees left out.
+
+On the CPU, where it has no backward, it is there for tests of the mask: not compiled, it forms all
+scores.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import (
+    AuxRequest,
+    BlockMask,
+    create_block_mask,
+    flex_attention,
+)
+
+from srlm_kernels import backends
+
+if TYPE_CHECKING:
+    from srlm_kernels.prefix_attention import PrefixPlan
+
+_NARROWEST = 16  # a tensor core's product
+
+ScoreMod = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+def refusal(query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None) -> str | None:
+    """Why FlexAttention cannot take the call; None: it can."""
+    if query.is_cuda:
+        if reason := backends.refusal("triton", query):
+            return reason
+        if min(query.shape[2], value.shape[2]) < _NARROWEST:
+            return f"heads must be at least {_NARROWEST} wide"
+        return None
+    if query.device.type != "cpu":
+        return f"it runs on CUDA, not on {query.device.type}"
+    given = [t for t in (query, key, value, sinks) if t is not None]
+    if torch.is_grad_enabled() and any(t.requires_grad for t in given):
+        return "FlexAttention has no backward on the CPU"
+    return None
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    plan: PrefixPlan,
+    *,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """`prefix_attention` where `refusal` is None; arguments are not checked."""
+    mask = plan.once(
+        ("block mask", query.device, window), lambda: block_mask(plan, window, query.device)
+    )
+    q, k, v = (x.transpose(0, 1)[None] for x in (query, key, value))
+    out, aux = _run(query.device.type)(
+        q, k, v, score_mod=_capped(softcap), block_mask=mask, scale=scale, enable_gqa=True,
+        return_aux=AuxRequest(lse=sinks is not None),
+    )  # fmt: skip
+    if sinks is not None:
+        kept = torch.sigmoid(aux.lse - sinks.to(aux.lse.dtype)[:, None])
+        out = (out * kept[..., None]).to(query.dtype)
+    return out[0].transpose(0, 1)  # type: ignore[no-any-return]
+
+
+def block_mask(plan: PrefixPlan, window: int | None, device: torch.device) -> BlockMask:
+    """What tokens of the plan see, in blocks of 128. For a moment it takes some bytes per pair of
+    tokens."""
+    from srlm_kernels.prefix_attention import sees
+
+    places = plan.places(device)
+
+    def mask(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return sees(places.at(query), places.at(key), window)
+
+    return create_block_mask(mask, None, None, plan.total, plan.total, device=str(device))
+
+
+@functools.cache
+def _run(device: str) -> Callable[..., Any]:
+    # By default lengths become symbols when they first change, while scale, window and softcap, of
+    # which a model has few, are constants. Out of recompilations, a full graph raises; otherwise it
+    # would go on without a kernel, in silence.
+    return torch.compile(flex_attention, fullgraph=True) if device == "cuda" else flex_attention
+
+
+@functools.cache
+def _capped(softcap: float | None) -> ScoreMod | None:
+    if softcap is None:
+        return None
+
+    def cap(score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return softcap * torch.tanh(score / softcap)
+
+    return cap

@@ -1,0 +1,124 @@
+"""Which items are trained on, in which order, and which of them share a forward.
+
+An item is what the loss is a sum over: one row (SFT), or the chosen and the rejected row of a pair.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Sequence
+from itertools import pairwise
+
+from srlm_fast.config import TrainConfig
+from srlm_fast.errors import UserError
+from srlm_fast.train.batches import Layout, Row
+
+Item = tuple[Row, ...]
+
+
+def usable_items(items: Sequence[Item], max_length: int) -> tuple[list[int], Counter[str]]:
+    """Indices of the items that can be trained on, and the number dropped by reason.
+
+    `too_long`: a row exceeds `max_length` tokens. `empty`: a row has no prompt or no response, so
+    nothing in it is predicted. Raises UserError when there were no items or none is left.
+    """
+    if not items:
+        raise UserError("there is nothing to train on: the training set is empty")
+    kept: list[int] = []
+    dropped: Counter[str] = Counter()
+    for index, item in enumerate(items):
+        if any(not prompt or not response for prompt, response in item):
+            dropped["empty"] += 1
+        elif max(_lengths(item)) > max_length:
+            dropped["too_long"] += 1
+        else:
+            kept.append(index)
+    if not kept:
+        cure = (
+            f"use shorter prompts and responses, or raise max_length (now {max_length} tokens) as "
+            "far as the model's context allows"
+            if dropped["too_long"]
+            else "give rows that have a prompt and a response"
+        )
+        raise UserError(f"all {len(items)} training rows were dropped ({dict(dropped)}): {cure}")
+    return kept, dropped
+
+
+def plan_steps(kept: Sequence[int], config: TrainConfig, seed: int) -> list[list[int]]:
+    """Every optimiser step of a training as its item indices.
+
+    Each epoch is a new shuffle of `kept`, drawn from `seed` and the epoch alone; the last step of
+    an epoch may be smaller.
+    """
+    size = config.per_device_train_batch_size
+    plan = []
+    for epoch in range(config.num_train_epochs):
+        order = list(kept)
+        random.Random(f"{seed}/{epoch}").shuffle(order)
+        plan += [order[start : start + size] for start in range(0, len(order), size)]
+    return plan
+
+
+class MicroBatches:
+    """Cuts the items of a step into forwards of at most `micro_batch_size` items and
+    `micro_batch_tokens` tokens (padding counts; 0: no limit), an item at least.
+
+    Items are ordered by length, so that a forward holds little padding; which of them share a step
+    stays random.
+    """
+
+    def __init__(self, items: Sequence[Item], config: TrainConfig, layout: Layout) -> None:
+        self._items, self._layout = items, layout
+        self.max_items, self.max_tokens = config.micro_batch_size, config.micro_batch_tokens
+
+    def split(self, step: Sequence[int]) -> list[list[int]]:
+        """The micro-batches of `step`."""
+        micros: list[list[int]] = []
+        for index in sorted(step, key=lambda i: max(_lengths(self._items[i]))):
+            if micros and self._fits([*micros[-1], index]):
+                micros[-1].append(index)
+            else:
+                micros.append([index])
+        return micros
+
+    def forwards(self, items: Sequence[int], step: int) -> list[list[int]]:
+        """The micro-batches of all `items`, taken `step` at a time, for a pass without training."""
+        parts = [items[i : i + step] for i in range(0, len(items), step)]
+        return [micro for part in parts for micro in self.split(part)]
+
+    def halve(self, step: Sequence[int]) -> None:
+        """Half the tokens from now on, since those of `step` were too many for the memory.
+
+        Raises UserError when its forwards hold one item each already.
+        """
+        micros = self.split(step)
+        self.max_tokens = max(map(self.tokens, micros)) // 2
+        if len(self.split(step)) == len(micros) == len(step):
+            longest = max(self.tokens([index]) for index in step)
+            raise UserError(
+                f"out of memory with a single item of {longest} tokens: set gradient_checkpointing"
+                " to true, lower max_length, or train LoRA adapters"
+            )
+
+    def tokens(self, micro: Sequence[int]) -> int:
+        """That one forward of these items computes."""
+        if self._layout == "padded":
+            lengths = [length for index in micro for length in _lengths(self._items[index])]
+            return len(lengths) * max(lengths)
+        return sum(_shared_tokens(self._items[index]) for index in micro)
+
+    def _fits(self, micro: Sequence[int]) -> bool:
+        enough = self.max_items and len(micro) > self.max_items
+        return not enough and not (self.max_tokens and self.tokens(micro) > self.max_tokens)
+
+
+def _lengths(item: Item) -> list[int]:
+    return [len(prompt) + len(response) for prompt, response in item]
+
+
+def _shared_tokens(item: Item) -> int:
+    """Of an item whose neighbouring rows share equal prompts."""
+    prompts = [tuple(prompt) for prompt, _ in item]
+    repeated = sum(len(b) for a, b in pairwise(prompts) if a == b)
+    return sum(_lengths(item)) - repeated

@@ -1,0 +1,187 @@
+"""What the policy is compared with: a frozen model beside it, or what was kept of one pass.
+
+A cache costs one pass of the reference over the pairs before training, and no second copy of the
+weights: the model itself is the reference then. It pays from the second epoch on, or where two
+copies do not fit. Log-probabilities are enough for every loss but SPA's, whose detector mixes
+logits: it needs hidden states, which are read from files as they are needed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from srlm_fast.config import PreferenceConfig
+from srlm_fast.model.forward import Head, lm_head
+from srlm_fast.model.phase import inference
+from srlm_fast.train.batches import Batch
+from srlm_kernels import linear_logp
+
+# How far cached sums may be from the same sums in another batch, in times of what is measured.
+_SLACK = 4.0
+
+Collate = Callable[[Sequence[int]], Batch]
+
+
+class Reference(Protocol):
+    """Gives `linear_preference_loss` the reference of a batch of pairs."""
+
+    @property
+    def floor(self) -> float:
+        """Nats by which a margin may differ from 0 where the policy is the reference."""
+        ...
+
+    def inputs(self, indices: Sequence[int], batch: Batch) -> dict[str, Any]:
+        """Keywords of the op for the pairs `indices`, whose tokens `batch` holds."""
+        ...
+
+
+@dataclass(frozen=True)
+class LiveReference:
+    """A second model, in eval mode, along the very path of the policy."""
+
+    model: Any
+    floor: float = 0.0
+
+    def inputs(self, indices: Sequence[int], batch: Batch) -> dict[str, Any]:
+        with torch.no_grad():
+            hidden = batch.states(self.model)
+        head = lm_head(self.model)
+        return {"ref_hidden": hidden, "ref_weight": head.weight, "ref_bias": head.bias}
+
+
+@dataclass(frozen=True)
+class CachedLogps:
+    """Summed log-probabilities [items, 2] of chosen and rejected; rows of other items are NaN."""
+
+    sums: Tensor
+    floor: float
+
+    def inputs(self, indices: Sequence[int], batch: Batch) -> dict[str, Any]:
+        return {"ref_logp": self.sums[list(indices)].flatten()}
+
+
+@dataclass(frozen=True)
+class CachedStates:
+    """Hidden states of the positions that predict a response token, in files by item, and a copy of
+    the head alone."""
+
+    folder: Path
+    place: dict[int, tuple[str, int, int]]
+    """File, first row and end of each item."""
+    weight: Tensor
+    bias: Tensor | None
+    floor: float
+
+    def inputs(self, indices: Sequence[int], batch: Batch) -> dict[str, Any]:
+        found = []
+        for index in indices:
+            name, start, end = self.place[index]
+            with safe_open(self.folder / name, framework="pt") as file:  # mapped, not read
+                found.append(file.get_slice("states")[start:end])
+        rows = torch.cat(found).to(batch.rows.device, non_blocking=True)
+        # Where responses share a prompt its last row occurs twice, with the same states.
+        hidden = rows.new_zeros(batch.input_ids.numel(), rows.shape[1])
+        hidden = hidden.index_copy(0, batch.rows, rows)
+        return {"ref_hidden": hidden, "ref_weight": self.weight, "ref_bias": self.bias}
+
+
+def choose_reference(
+    model: Any,
+    config: PreferenceConfig,
+    micros: Sequence[Sequence[int]],
+    collate: Collate,
+    folder: Path | None,
+) -> Reference:
+    """What `config.reference_cache` stands for; `model` is the reference as it is now.
+
+    Raises ValueError when states are to be kept and there is no `folder`.
+    """
+    if config.reference_cache == "logps":
+        return cache_logps(model, micros, collate)
+    if config.reference_cache == "states":
+        if folder is None:
+            raise ValueError("reference_cache='states' needs a folder for its files")
+        return cache_states(model, micros, collate, folder)
+    model.eval()
+    return LiveReference(model)
+
+
+def cache_logps(model: Any, micros: Sequence[Sequence[int]], collate: Collate) -> CachedLogps:
+    """Those of `model` as it is now, for the items of `micros`; `collate` makes a batch of one."""
+    with inference(model):
+        sums = [_sums(model, collate(micro)) for micro in micros]
+    found = sums[0].new_full((max(map(max, micros)) + 1, 2), torch.nan)
+    for micro, part in zip(micros, sums, strict=True):
+        found[list(micro)] = part
+    return CachedLogps(found, _floor(model, micros[0], collate))
+
+
+def _sums(model: Any, batch: Batch) -> Tensor:
+    """[items, 2] log-probabilities, summed in fp64 as the loss sums them."""
+    head = lm_head(model)
+    logp = linear_logp(
+        batch.states(model), head.weight, batch.target, rows=batch.rows, bias=head.bias,
+        softcap=head.softcap, logit_scale=head.logit_scale,
+    ).logp  # fmt: skip
+    sums = torch.segment_reduce(logp.double(), "sum", offsets=batch.cu_seqlens.long())
+    return sums.to(logp.dtype).view(-1, 2)
+
+
+def _floor(model: Any, micro: Sequence[int], collate: Collate) -> float:
+    """What the company of a batch does to a margin, in nats, measured on `micro`."""
+    with inference(model):
+        together = _sums(model, collate(micro))
+        alone = torch.cat([_sums(model, collate([index])) for index in micro])
+    rounding = torch.finfo(together.dtype).eps * float(together.abs().max())
+    return _SLACK * (2 * float((together - alone).abs().max()) + rounding)
+
+
+def cache_states(
+    model: Any, micros: Sequence[Sequence[int]], collate: Collate, folder: Path
+) -> CachedStates:
+    """Those of `model` as it is now, a file for each of `micros`, in `folder`.
+
+    The files of other weights or items have other names; those that are there already are kept, so
+    that a caching pass that was interrupted goes on.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    place, weights = {}, _fingerprint(model)
+    with inference(model):
+        for micro in micros:
+            batch = collate(micro)
+            ids = [batch.input_ids.tolist(), batch.rows.tolist(), list(micro)]
+            digest = hashlib.sha256(f"{weights}/{json.dumps(ids)}".encode()).hexdigest()
+            path = folder / f"states-{digest[:24]}.safetensors"
+            if not path.is_file():
+                states = batch.states(model)[batch.rows].cpu()
+                partial = path.with_suffix(".partial")
+                save_file({"states": states}, partial)
+                os.replace(partial, path)
+            ends = batch.cu_seqlens[::2].tolist()
+            for i, index in enumerate(micro):
+                place[index] = (path.name, ends[i], ends[i + 1])
+    head: Head = lm_head(model)
+    bias = None if head.bias is None else head.bias.detach().clone()
+    floor = _floor(model, micros[0], collate)
+    return CachedStates(folder, place, head.weight.detach().clone(), bias, floor)
+
+
+def _fingerprint(model: Any) -> str:
+    """Of the weights: one that is changed anywhere has another, but for the rarest accident."""
+    state = hashlib.sha256()
+    for name, weight in model.state_dict().items():
+        values = weight.detach().double()
+        moments = torch.stack([values.sum(), values.square().sum(), values.flatten()[::7].sum()])
+        state.update(f"{name}{list(weight.shape)}{moments.tolist()}".encode())
+    return state.hexdigest()

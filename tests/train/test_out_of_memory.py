@@ -1,0 +1,79 @@
+"""A step that runs out of memory is done again in smaller parts, and changes nothing."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from srlm_fast.config import PreferenceConfig
+from srlm_fast.errors import UserError
+from srlm_fast.model.weights import frozen_copy
+from srlm_fast.train import batches
+from srlm_fast.train.noise import Refinement
+from srlm_fast.train.preference import train_preference
+
+CONFIG = PreferenceConfig(
+    learning_rate=3e-3, num_train_epochs=2, per_device_train_batch_size=6, logging_steps=1
+)
+
+
+@pytest.fixture
+def train(make_model, pairs):
+    def run(config=CONFIG, refine=None):
+        model, logs = make_model(), []
+        summary = train_preference(
+            model, frozen_copy(model), pairs, config, refine=refine, seed=0, pad_id=0,
+            log=logs.append,
+        )  # fmt: skip
+        weights = torch.cat([p.detach().flatten() for p in model.parameters()])
+        return weights, summary, logs
+
+    return run
+
+
+@pytest.fixture
+def small_memory(monkeypatch):
+    """Room for so many tokens in a forward that has gradients, from the third one on."""
+
+    def limit(tokens):
+        states, calls = batches.Batch.states, 0
+
+        def limited(self, model):
+            nonlocal calls
+            calls += torch.is_grad_enabled()
+            if torch.is_grad_enabled() and calls > 2 and self.num_tokens > tokens:
+                raise torch.OutOfMemoryError("no room")
+            return states(self, model)
+
+        monkeypatch.setattr(batches.Batch, "states", limited)
+
+    return limit
+
+
+@pytest.mark.parametrize("tau", [None, "window", "dataset"])
+@pytest.mark.filterwarnings("ignore:out of memory")
+def test_the_result_is_that_of_enough_memory(train, small_memory, tau):
+    refine = tau and Refinement(alpha=0.3, lam=0.5, k_percent=40.0, window=6, tau=tau)
+    weights, summary, logs = train(refine=refine)
+    small_memory(60)
+    again, other, later = train(refine=refine)
+    torch.testing.assert_close(again, weights, atol=1e-10, rtol=0)
+    assert summary["out_of_memory"] == 0 and other["out_of_memory"] > 0
+    assert other.get("flags") == summary.get("flags")
+    assert other["num_tokens"] == summary["num_tokens"]
+    for row, expected in zip(later, logs, strict=True):
+        assert row == pytest.approx(expected, rel=1e-5, abs=1e-8)
+
+
+def test_it_is_said_and_the_smaller_parts_stay(train, small_memory):
+    small_memory(60)
+    with pytest.warns(UserWarning, match=r"out of memory in step \d.*at most \d+ tokens") as said:
+        _, summary, _ = train()
+    assert len(said) == summary["out_of_memory"] < 4
+
+
+@pytest.mark.filterwarnings("ignore:out of memory")
+def test_a_pair_that_does_not_fit_alone_ends_the_training(train, small_memory):
+    small_memory(3)
+    with pytest.raises(UserError, match=r"out of memory with a single item of .*checkpointing"):
+        train(replace(CONFIG, micro_batch_size=2))

@@ -1,0 +1,91 @@
+"""Which items are trained on, in which order, and which of them share a forward."""
+
+import random
+
+import pytest
+
+from srlm_fast.config import TrainConfig
+from srlm_fast.errors import UserError
+from srlm_fast.train.plan import MicroBatches, plan_steps, usable_items
+
+
+def test_unusable_items_are_counted_by_reason():
+    items = [(((1, 2), (3,)),), (((), (3,)),), (((1,), ()),), (((1, 2), (3, 4)),)]
+    kept, dropped = usable_items(items, max_length=3)
+    assert kept == [0]
+    assert dropped == {"empty": 2, "too_long": 1}
+
+
+def test_a_pair_is_too_long_if_either_row_is():
+    item = (((1,), (2,)), ((1,), (2, 3, 4)))
+    with pytest.raises(
+        UserError, match=r"all 1 .*'too_long': 1.*max_length \(now 3 tokens\).*context"
+    ):
+        usable_items([item], max_length=3)
+    with pytest.raises(UserError, match="rows that have a prompt and a response"):
+        usable_items([(((1,), ()),)], max_length=3)
+    assert usable_items([item], max_length=4) == ([0], {})
+
+
+def test_nothing_to_train_on_is_a_user_error():
+    with pytest.raises(UserError, match="empty"):
+        usable_items([], max_length=9)
+
+
+def test_every_epoch_sees_every_item_once_in_its_own_reproducible_order(rows):
+    config = TrainConfig(num_train_epochs=2, per_device_train_batch_size=5)
+    kept = [i for i in range(len(rows)) if i != 7]
+    plan = plan_steps(kept, config, seed=3)
+    assert [len(step) for step in plan] == [5, 5, 5, 5, 3] * 2
+    epochs = [[i for step in plan[k : k + 5] for i in step] for k in (0, 5)]
+    assert sorted(epochs[0]) == sorted(epochs[1]) == kept
+    assert epochs[0] != epochs[1]
+    assert plan == plan_steps(kept, config, seed=3)
+    assert plan != plan_steps(kept, config, seed=4)
+
+
+def test_the_plan_leaves_the_global_generator_alone():
+    state = random.getstate()
+    plan_steps(range(9), TrainConfig(), seed=0)
+    assert random.getstate() == state
+
+
+def item(prompt, *responses):
+    """With as many tokens."""
+    return tuple(((1,) * prompt, (2,) * n) for n in responses)
+
+
+ITEMS = [item(4, 3, 2), item(5, 1, 2), item(1, 1, 1), item(9, 1, 1)]
+
+
+@pytest.mark.parametrize(
+    ("layout", "tokens"), [("shared", [9, 8, 3, 11]), ("padded", [14, 14, 4, 20])]
+)
+def test_tokens_of_a_forward(layout, tokens):
+    micros = MicroBatches(ITEMS, TrainConfig(), layout)
+    assert [micros.tokens([i]) for i in range(4)] == tokens
+    assert micros.tokens([0, 3]) == (20 if layout == "shared" else 40)
+    different = MicroBatches([(((1,), (2,)), ((3,), (2,)))], TrainConfig(), layout)
+    assert different.tokens([0]) == 4
+
+
+def test_micro_batches_group_similar_lengths_within_limits():
+    def split(layout="shared", **limits):
+        config = TrainConfig(**{f"micro_batch_{name}": n for name, n in limits.items()})
+        return MicroBatches(ITEMS, config, layout).split(range(4))
+
+    assert split() == [[2, 0, 1, 3]]
+    assert split(size=3) == [[2, 0, 1], [3]]
+    assert split(tokens=12) == [[2, 0], [1], [3]]
+    assert split(tokens=1) == [[2], [0], [1], [3]], "an item at least"
+    assert split("padded", tokens=42) == [[2, 0, 1], [3]], "six rows of seven tokens"
+
+
+def test_halving_ends_at_single_items():
+    micros = MicroBatches(ITEMS, TrainConfig(), "shared")
+    sizes = [len(micros.split(range(4)))]
+    with pytest.raises(UserError, match=r"out of memory with a single item of 11 tokens.*checkp"):
+        for _ in range(9):
+            micros.halve(range(4))
+            sizes.append(len(micros.split(range(4))))
+    assert sizes[0] == 1 and sizes == sorted(sizes) and sizes[-1] == 4

@@ -1,0 +1,113 @@
+"""Cached references: the training is that with a live one, and what is kept can be trusted."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from srlm_fast.config import PreferenceConfig
+from srlm_fast.errors import UserError
+from srlm_fast.model.weights import frozen_copy
+from srlm_fast.train import reference
+from srlm_fast.train.noise import Refinement
+from srlm_fast.train.preference import train_preference
+
+CONFIG = PreferenceConfig(
+    learning_rate=3e-3, num_train_epochs=3, per_device_train_batch_size=5, logging_steps=1
+)
+REFINE = Refinement(alpha=0.3, lam=0.5, k_percent=40.0, window=6)
+
+
+@pytest.fixture
+def train(make_model, pairs, tmp_path):
+    def run(cache, refine=None, *, dtype=torch.float64, own=True, **options):
+        model, logs = make_model(dtype=dtype), []
+        other = model if own and cache != "none" else frozen_copy(model)
+        summary = train_preference(
+            model, other, pairs, replace(CONFIG, reference_cache=cache, **options), refine=refine,
+            seed=0, pad_id=0, log=logs.append, cache=tmp_path,
+        )  # fmt: skip
+        return torch.cat([p.detach().flatten() for p in model.parameters()]), summary, logs
+
+    return run
+
+
+@pytest.mark.parametrize("layout", ["shared", "padded"])
+@pytest.mark.parametrize(
+    ("cache", "refine"),
+    [
+        ("logps", None),
+        ("states", None),
+        ("states", REFINE),
+        ("states", replace(REFINE, tau="dataset")),
+    ],
+)
+def test_cached_is_live(train, cache, layout, refine):
+    live, summary, logs = train("none", refine, layout=layout)
+    kept, again, later = train(cache, refine, layout=layout, micro_batch_size=2)
+    torch.testing.assert_close(kept, live, atol=1e-10, rtol=0)
+    assert again.get("flags") == summary.get("flags")
+    for row, expected in zip(later, logs, strict=True):
+        assert row == pytest.approx(expected, rel=1e-6, abs=1e-8)
+
+
+@pytest.mark.parametrize("cache", ["logps", "states"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_start_is_within_the_noise_that_was_measured(train, cache, dtype):
+    _, summary, _ = train(cache, dtype=dtype)
+    assert summary["loss_first"] == pytest.approx(math.log(2), abs=1e-3)
+
+
+@pytest.mark.parametrize("cache", ["logps", "states"])
+def test_another_start_is_found(train, cache, make_model, pairs, tmp_path):
+    model, other = make_model(), frozen_copy(make_model(seed=1))
+    with pytest.raises(RuntimeError, match="margin of the first step is"):
+        train_preference(
+            model, other, pairs, replace(CONFIG, reference_cache=cache), seed=0, pad_id=0,
+            log=lambda row: None, cache=tmp_path,
+        )  # fmt: skip
+
+
+def test_caching_goes_on_where_it_was_interrupted(train, monkeypatch, tmp_path):
+    expected, _, _ = train("states", micro_batch_size=2)
+    files = {p.name: p.stat().st_mtime_ns for p in tmp_path.iterdir()}
+    assert len(files) >= 6 and all(name.endswith(".safetensors") for name in files)
+    removed = sorted(files)[:2]
+    for name in removed:
+        (tmp_path / name).unlink()
+    saved, save = [], reference.save_file
+
+    def watched(tensors, path):
+        saved.append(path.name)
+        save(tensors, path)
+
+    monkeypatch.setattr(reference, "save_file", watched)
+    again, _, _ = train("states", micro_batch_size=2)
+    assert torch.equal(again, expected)
+    assert sorted(name.replace(".partial", ".safetensors") for name in saved) == removed
+
+
+def test_other_weights_have_other_files(train, tmp_path, make_model, pairs):
+    train("states")
+    before = {p.name for p in tmp_path.iterdir()}
+    model = make_model(seed=1)
+    train_preference(
+        model, model, pairs, replace(CONFIG, reference_cache="states"), seed=0, pad_id=0,
+        log=lambda row: None, cache=tmp_path,
+    )  # fmt: skip
+    after = {p.name for p in tmp_path.iterdir()}
+    assert before < after and len(after) == 2 * len(before)
+
+
+def test_what_cannot_be_cached_is_said(train, make_model, pairs):
+    with pytest.raises(UserError, match="reference_cache to states or none"):
+        train("logps", REFINE)
+    model = make_model()
+    with pytest.raises(ValueError, match="its own reference"):
+        train_preference(model, model, pairs, CONFIG, seed=0, pad_id=0, log=lambda row: None)
+    with pytest.raises(ValueError, match="needs a folder"):
+        train_preference(
+            model, model, pairs, replace(CONFIG, reference_cache="states"), seed=0, pad_id=0,
+            log=lambda row: None,
+        )  # fmt: skip

@@ -274,6 +274,7 @@ class Config:
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     num_threads: int = 0  # CPU threads; 0: torch's default
+    report_to: tuple[str, ...] = ()  # tensorboard, trackio, wandb, beside metrics.jsonl
     sandbox: SandboxConfig = field(default_factory=SandboxConfig)
     data: DataConfig = field(default_factory=DataConfig)
     sft: TrainConfig = field(default_factory=TrainConfig)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import closing
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from srlm_fast.rounds.manifest import Run, file_digest
 from srlm_fast.rounds.spa import spread_preference_annotation
 from srlm_fast.rounds.srlm import self_rewarding
 from srlm_fast.rounds.summary import summarise
+from srlm_fast.rounds.trackers import Trackers, check_trackers
 from srlm_fast.sandbox.pretrain import RECORD, make_base_model
 from srlm_fast.sandbox.task import make_task
 from srlm_kernels.losses import LOSSES
@@ -71,6 +73,7 @@ def prepare(config: Config) -> Job:
         load_judge_prompt(config.judge.prompt)
         if config.prompts.source == "self_instruct":
             load_task_list(config.prompts.template)
+    check_trackers(config.report_to)
     resolve_device(config.device)
     if config.model == "sandbox":
         folder, task = None, make_task(config)
@@ -116,7 +119,8 @@ def execute(job: Job, run: Run) -> str:
         torch.set_num_threads(config.num_threads)
     folder = job.folder or _sandbox_model(config, run)
     engine = Engine(run, folder)
-    METHODS[config.method](engine, job.task)
+    with closing(Trackers(config.report_to, run.folder, asdict(config))) as run.trackers:
+        METHODS[config.method](engine, job.task)
     summary = summarise(run, job.task)
     write_json(run.folder / "summary.json", summary)
     for model in summary["models"]:

@@ -22,6 +22,7 @@ from srlm_fast.data.jsonl import read_jsonl, to_json, write_json, write_jsonl, w
 from srlm_fast.data.records import Record
 from srlm_fast.errors import UserError
 from srlm_fast.recipes import to_yaml
+from srlm_fast.rounds.trackers import Trackers
 
 R = TypeVar("R", bound=Record)
 Info = Mapping[str, Any]
@@ -50,6 +51,7 @@ class Run:
         self.folder = folder
         self.config = config
         self._path = folder / "manifest.json"
+        self.trackers: Trackers | None = None
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self._lock = (folder / ".lock").open("w")
@@ -125,12 +127,14 @@ class Run:
         return self.info(name)
 
     def logger(self, name: str) -> Callable[[dict[str, float]], None]:
-        """Appends the metrics of a stage to `metrics.jsonl`."""
+        """Appends the metrics of a stage to `metrics.jsonl`, and sends them to `trackers`."""
         path = self.folder / "metrics.jsonl"
 
         def log(row: dict[str, float]) -> None:
             with path.open("a", encoding="utf-8") as file:
                 file.write(to_json({"stage": name, **row}) + "\n")
+            if self.trackers:
+                self.trackers.log(name, row)
 
         return log
 

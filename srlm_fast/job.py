@@ -32,6 +32,7 @@ from srlm_fast.model.load import (
 from srlm_fast.prompts.task_list import load_task_list
 from srlm_fast.rounds.engine import Engine
 from srlm_fast.rounds.manifest import Run, file_digest
+from srlm_fast.rounds.plan import check_memory
 from srlm_fast.rounds.spa import spread_preference_annotation
 from srlm_fast.rounds.srlm import self_rewarding
 from srlm_fast.rounds.summary import summarise
@@ -81,6 +82,7 @@ def prepare(config: Config) -> Job:
         folder = resolve_folder(config.model)
         ChatTemplate(load_tokenizer(str(folder)), config.template)
         _check_room(config, check_folder(str(folder)))
+        check_memory(config, folder)
         task = task_from_files(config)
     if config.prompts.source == "dataset" and not task.prompts:
         raise UserError("prompts.source is dataset, but there are none; give --data.prompts")

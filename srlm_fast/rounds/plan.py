@@ -6,12 +6,16 @@ import json
 import math
 from pathlib import Path
 
+import torch
 from safetensors import safe_open
+from transformers import AutoConfig
 
-from srlm_fast.config import Config
+from srlm_fast.config import Config, PreferenceConfig, TrainConfig
 from srlm_fast.data.task import Task
 from srlm_fast.env import OPS, SAMPLER_OPS, sampler_backend
+from srlm_fast.errors import UserError
 from srlm_fast.model.load import resolve_device
+from srlm_fast.train.memory import TrainMemory, train_memory
 from srlm_kernels import explain
 
 
@@ -19,7 +23,7 @@ def plan(config: Config, task: Task, folder: Path | None) -> str:
     """The plan of a run as text; nothing is loaded or sampled for it."""
     lines = [f"method {config.method}, task {task.name}, {config.rounds} rounds", "", "stages"]
     lines += [f"  {name:<28} {what}" for name, what in _stages(config, task)]
-    lines += ["", "memory (weights, gradients, optimiser; activations come on top)"]
+    lines += ["", "memory"]
     lines += [f"  {line}" for line in _memory(config, folder)]
     lines += ["", "backends"]
     lines += [f"  {explain(op)}" for op in OPS]
@@ -72,22 +76,92 @@ def _eft(config: Config, task: Task) -> str:
 
 
 def _memory(config: Config, folder: Path | None) -> list[str]:
-    """Weights, gradients and AdamW's state: 20 bytes a parameter while a preference loss trains.
-
-    fp32: policy 4, reference 4, gradient 4, moments 8. bf16: policy 2, reference 2, and in fp32
-    master weights 4, gradient 4, moments 8.
-    """
+    """Of the phases of a run, where every row is as long as it may be."""
     if folder is None:
         return ["under 0.1 GB: the sandbox's model has 0.8M parameters"]
     count = _parameters(folder)
     if count is None:
         return ["unknown: the folder has no safetensors to count parameters in"]
-    size = 2 if _is_bf16(config, folder) else 4
-    return [
-        f"{count / 1e6:,.1f}M parameters in {'bf16' if size == 2 else 'fp32'}",
-        f"sampling and judging {count * size / 1e9:.2f} GB, plus keys and values",
-        f"training {count * 20 / 1e9:.2f} GB, plus activations",
+    bf16 = _is_bf16(config, folder)
+    lines = [
+        f"{count / 1e6:,.1f}M parameters in {'bf16' if bf16 else 'fp32'}",
+        f"sampling and judging {count * (2 if bf16 else 4) / 1e9:.2f} GB, plus keys and values",
     ]
+    for name, train in (("sft", config.sft), ("preference", config.preference)):
+        memory, tokens = training_memory(config, folder, name)
+        parts = ", ".join(
+            f"{part} {getattr(memory, part) / 1e9:.2f}"
+            for part in ("weights", "reference", "optimizer", "gradients", "activations", "head")
+        )
+        lines.append(
+            f"{name}: at most {memory.peak / 1e9:.2f} GB in forwards of {tokens:,} tokens ({parts})"
+        )
+        if isinstance(train, PreferenceConfig) and train.reference_cache == "states":
+            width = AutoConfig.from_pretrained(folder).get_text_config().hidden_size
+            rows = 2 * config.prompts.num_prompts * config.sampling.max_new_tokens
+            size = rows * width * (2 if bf16 else 4)
+            lines.append(f"states of the reference: at most {size / 1e9:.2f} GB on disk")
+    return lines
+
+
+def check_memory(config: Config, folder: Path) -> None:
+    """Raises UserError where a training cannot fit even with one item in a forward."""
+    room = _room(resolve_device(config.device))
+    if room is None or _parameters(folder) is None:
+        return
+    for name in ("sft", "preference"):
+        memory, tokens = training_memory(config, folder, name, items=1)
+        if memory.peak > room:
+            raise UserError(
+                f"{name} needs {memory.peak / 1e9:.1f} GB of memory with a single item of "
+                f"{tokens:,} tokens, and there are {room / 1e9:.1f}: set "
+                f"{name}.gradient_checkpointing to true, lower {name}.max_length, take a smaller "
+                "model, or preference.reference_cache where the reference is the model's start"
+            )
+
+
+def training_memory(
+    config: Config, folder: Path, name: str, items: int = 0
+) -> tuple[TrainMemory, int]:
+    """The peak of the training `name`, and the tokens of its largest forward; `items` of it, or as
+    many as the configuration says."""
+    model = AutoConfig.from_pretrained(folder)
+    train: TrainConfig = getattr(config, name)
+    context = int(getattr(model.get_text_config(), "max_position_embeddings", 0) or 2048)
+    longest, forwards = min(train.max_length or context, context), 1
+    pairs = isinstance(train, PreferenceConfig)
+    response = min(config.sampling.max_new_tokens, longest)
+    item = longest + response if pairs else longest
+    if not items:
+        step = train.per_device_train_batch_size
+        items = min(train.micro_batch_size or step, step)
+        if train.micro_batch_tokens:
+            items = max(1, min(items, train.micro_batch_tokens // item))
+        forwards = -(-step // items)
+    memory = train_memory(
+        model,
+        train,
+        dtype=torch.bfloat16 if _is_bf16(config, folder) else torch.float32,
+        device=resolve_device(config.device),
+        tokens=items * item,
+        rows=items * (2 * response if pairs else longest),
+        longest=item,
+        forwards=forwards,
+        reference=isinstance(train, PreferenceConfig)
+        and (train.reference_cache == "none" or train.reference == "fixed"),
+    )
+    return memory, items * item
+
+
+def _room(device: torch.device) -> int | None:
+    """Bytes that a run can have; None: unknown."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
 
 
 def _parameters(folder: Path) -> int | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -11,14 +12,17 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from srlm_fast.config import TrainConfig
+from srlm_fast.model.checkpointing import checkpointed
+from srlm_fast.parallel import ALONE, Ranks
 from srlm_fast.train.metrics import Log, Metrics, Micro
 from srlm_fast.train.optim import Optimizer, lr_factor
 from srlm_fast.train.plan import MicroBatches
 
-# Called with the step's number and its micro-batches of item indices. It is resumed after each
-# micro-batch's backward, and runs to its end before the update. When memory runs out it is dropped
-# and called anew for the same step, with smaller micro-batches.
-StepFunction = Callable[[int, Sequence[Sequence[int]]], Iterator[Micro]]
+# Called with the step's number, its items on all ranks, and the micro-batches of this rank. It is
+# resumed after each micro-batch's backward, and runs to its end before the update. When memory runs
+# out on any rank it is dropped and called anew for the same step, with smaller micro-batches: after
+# the first of them is yielded, it must not wait for another rank.
+StepFunction = Callable[[int, Sequence[int], Sequence[Sequence[int]]], Iterator[Micro]]
 
 
 def fit(
@@ -30,6 +34,7 @@ def fit(
     *,
     log: Log,
     name: str,
+    ranks: Ranks = ALONE,
 ) -> dict[str, Any]:
     """Trains `model` in place over the optimiser steps of `plan` (see `plan_steps`).
 
@@ -42,28 +47,30 @@ def fit(
     skipped_steps, whose loss or gradient was not finite, and out_of_memory, the steps done again.
     Raises UserError when there are too many of the former, see `Optimizer`, or when a single item
     does not fit into memory.
+
+    Each of several `ranks` holds the whole model and computes its share of every step. All get the
+    same log and summary, and the result is that of one rank, to rounding.
     """
-    optimizer, metrics = Optimizer(model, config), Metrics()
+    optimizer, metrics = Optimizer(model, config, ranks), Metrics(_zero(model), ranks)
     steps, num_tokens, out_of_memory = len(plan), 0, 0
     losses: list[Tensor] = []
-    was_training = model.training
-    model.eval()
 
     def gradients(step: int, items: Sequence[int]) -> int | None:
-        """The tokens of a step whose gradients are collected; None: memory ran out."""
-        tokens = 0
+        """The tokens of a step whose gradients are collected; None: some rank's memory ran out."""
+        tokens: int | None = 0
         try:
-            for micro in step_function(step, micro_batches.split(items)):
+            for micro in step_function(step, items, micro_batches.mine(items)):
                 micro.loss.backward()  # type: ignore[no-untyped-call]
                 optimizer.collect()
                 metrics.add(micro)
                 tokens += micro.num_tokens
         except torch.OutOfMemoryError:
-            return None
-        return tokens
+            tokens = None
+        return None if ranks.any(tokens is None) else tokens
 
-    try:
-        for step, items in enumerate(tqdm(plan, desc=name, unit="step", disable=None)):
+    with _prepared(model, config):
+        bar = tqdm(plan, desc=name, unit="step", disable=None if ranks.main else True)
+        for step, items in enumerate(bar):
             while (tokens := gradients(step, items)) is None:
                 optimizer.discard()
                 metrics.discard_step()
@@ -76,6 +83,7 @@ def fit(
                 )
             num_tokens += tokens
             losses.append(metrics.step_loss())
+            optimizer.reduce(losses[-1])
             factor = lr_factor(config, step, steps)
             metrics.end_step(*optimizer.step(losses[-1], factor))
             if (step + 1) % config.logging_steps == 0 or step + 1 == steps:
@@ -84,17 +92,34 @@ def fit(
                     "learning_rate": config.learning_rate * factor,
                     "epoch": config.num_train_epochs * (step + 1) / steps,
                     "step": step + 1,
-                    "num_tokens": num_tokens,
+                    "num_tokens": sum(ranks.gather([num_tokens])),
                 }
                 log({**metrics.read(), **place})
-    finally:
-        model.train(was_training)
     first, last, skipped = torch.stack([losses[0], losses[-1], optimizer.skipped]).tolist()
     return {
         "steps": steps,
-        "num_tokens": num_tokens,
+        "num_tokens": sum(ranks.gather([num_tokens])),
         "loss_first": first,
         "loss_last": last,
         "skipped_steps": int(skipped),
         "out_of_memory": out_of_memory,
     }
+
+
+def _zero(model: nn.Module) -> Tensor:
+    """Of the dtype of losses, which is not narrower than fp32."""
+    weight = next(model.parameters())
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    return torch.zeros((), device=weight.device, dtype=dtype)
+
+
+@contextmanager
+def _prepared(model: nn.Module, config: TrainConfig) -> Iterator[None]:
+    """Without dropout, and with layers that are computed again where that is asked for."""
+    was_training = model.training
+    model.eval()
+    try:
+        with checkpointed(model) if config.gradient_checkpointing else nullcontext():
+            yield
+    finally:
+        model.train(was_training)

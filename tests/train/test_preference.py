@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch.nn.functional import logsigmoid
+from transformers.models.mistral.modeling_mistral import MistralMLP
 
 from srlm_fast.config import PreferenceConfig
 from srlm_fast.errors import UserError
@@ -288,3 +289,24 @@ def test_user_mistakes_are_one_sentence(train, change, message):
 def test_no_pairs_is_a_user_error(train):
     with pytest.raises(UserError, match="empty"):
         train(data=[])
+
+
+@pytest.mark.parametrize("layout", ["shared", "padded"])
+def test_gradient_checkpointing_computes_layers_again_and_changes_nothing(
+    train, layout, monkeypatch
+):
+    calls = 0
+    forward = MistralMLP.forward
+
+    def counted(self, x):
+        nonlocal calls
+        calls += torch.is_grad_enabled()
+        return forward(self, x)
+
+    monkeypatch.setattr(MistralMLP, "forward", counted)
+    config = replace(CONFIG, layout=layout)
+    plain, summary, _ = train(config, REFINE)
+    once, calls = calls, 0
+    kept, again, _ = train(replace(config, gradient_checkpointing=True), REFINE)
+    assert calls == 2 * once > 0
+    assert torch.equal(kept, plain) and again == summary

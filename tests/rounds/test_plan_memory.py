@@ -1,0 +1,70 @@
+"""What a dry run says of memory, and that a run which cannot fit does not start."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from srlm_fast.config import Config, PreferenceConfig, SamplingConfig
+from srlm_fast.errors import UserError
+from srlm_fast.rounds import plan
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An ordinary model folder."""
+    where = tmp_path_factory.mktemp("model")
+    config = LlamaConfig(
+        vocab_size=300, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
+        num_attention_heads=2, max_position_embeddings=256,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(where)
+    return where
+
+
+def config(**preference: Any) -> Config:
+    return Config(
+        model="m",
+        device="cpu",
+        preference=PreferenceConfig(**preference),
+        sampling=SamplingConfig(max_new_tokens=100),
+    )
+
+
+def test_lines_of_a_dry_run(folder: Path) -> None:
+    text = "\n".join(plan._memory(config(reference_cache="states"), folder))
+    assert re.search(r"sft: at most \d+\.\d+ GB in forwards of 4,096 tokens \(weights", text)
+    assert re.search(r"preference: at most \d.* of 5,696 tokens .*reference 0\.00", text)
+    assert "states of the reference: at most 0.03 GB on disk" in text
+
+
+def test_what_makes_a_training_smaller(folder: Path) -> None:
+    def peak(items: int = 0, **preference: Any) -> int:
+        return plan.training_memory(config(**preference), folder, "preference", items)[0].peak
+
+    whole = peak()
+    assert peak(micro_batch_size=1) < whole
+    assert peak(micro_batch_tokens=400) < peak(micro_batch_tokens=800) < whole
+    assert peak(gradient_checkpointing=True) < whole
+    assert peak(reference_cache="logps") < whole
+    assert peak(reference_cache="logps", reference="fixed") == whole
+    assert peak(items=1) < whole
+
+
+def test_a_run_that_cannot_fit_does_not_start(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan.check_memory(config(), folder)
+    monkeypatch.setattr(plan, "_room", lambda device: 1_000_000)
+    with pytest.raises(UserError, match=r"sft needs .* GB .* single item of 256 tokens.*checkpoi"):
+        plan.check_memory(config(), folder)
+    monkeypatch.setattr(plan, "_room", lambda device: None)
+    plan.check_memory(config(), folder)
+
+
+def test_free_memory_is_known_here() -> None:
+    room = plan._room(torch.device("cpu"))
+    assert room is None or 10**7 < room < 10**14

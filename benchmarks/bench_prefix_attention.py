@@ -1,8 +1,9 @@
-"""Training attention of [prompt | chosen | rejected] against rows that repeat their prompt.
+"""Training attention of pairs that share prompts, forward and backward.
 
 python -m benchmarks --suite cpu --only prefix_attention
 
-Forward and backward of one layer's attention.
+"SDPA, unshared rows" has every prompt once for each of its responses, as trainers lay out pairs
+that do not share; its results and gradients are those of its own rows.
 """
 
 from __future__ import annotations
@@ -13,146 +14,195 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+from torch.nn.functional import scaled_dot_product_attention
 
-from benchmarks.case import Call, Case, Outputs, Variant, Work
-from srlm_kernels import PrefixPlan, prefix_attention
-from srlm_kernels.prefix_attention import sees
+from benchmarks.case import Call, Case, Outputs, Unavailable, Variant, Work
+from benchmarks.shapes import TOLERANCE
+from srlm_kernels.prefix_attention import PrefixPlan, prefix_attention, refusal
 
-TOLERANCE = {"float32": 1e-4, "bfloat16": 3e-2}
-# Pairs, prompt, response; the main one first.
-SIZES = {
-    "smoke": ((2, 9, 7),),
-    "cpu": ((1, 512, 256), (4, 256, 256), (4, 128, 512), (4, 1024, 128)),
-    "gpu": ((16, 512, 512), (8, 2048, 512)),
+IMPLEMENTATIONS = {"cpu": ("pieces",), "cuda": ("flex",)}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Pairs of one prompt length and one response length; query heads are `group` per key head."""
+
+    pairs: int
+    prompt: int
+    response: int
+    kv_heads: int
+    group: int
+    width: int
+
+    @property
+    def tokens(self) -> int:
+        """Of a pair that shares its prompt."""
+        return self.prompt + 2 * self.response
+
+    @property
+    def heads(self) -> int:
+        return self.kv_heads * self.group
+
+    def plan(self) -> PrefixPlan:
+        return PrefixPlan.of([(self.prompt, [self.response] * 2)] * self.pairs)
+
+    def __str__(self) -> str:
+        return (
+            f"{self.pairs} x {self.prompt} + 2 x {self.response} tokens, "
+            f"heads {self.kv_heads} x {self.group} x {self.width}"
+        )
+
+
+# Pairs, prompt, response: prompts that are most of a row, and prompts that are little of it. On a
+# GPU with the heads of a 1.5B model.
+LENGTHS = ((1, 512, 256), (4, 256, 256), (1, 128, 512), (1, 1024, 128))
+SHAPES = {
+    "smoke": [Shape(2, 5, 3, 1, 2, 16)],
+    "cpu": [Shape(*lengths, 4, 1, 64) for lengths in LENGTHS],
+    "gpu": [Shape(8 * pairs, prompt, response, 2, 6, 128) for pairs, prompt, response in LENGTHS],
 }
-# Query heads, KV heads, width of one; device; dtypes.
-SETTINGS = {
-    "smoke": ((4, 2, 16), "cpu", ("float32",)),
-    "cpu": ((4, 4, 64), "cpu", ("float32", "bfloat16")),
-    "gpu": ((12, 2, 128), "cuda", ("bfloat16",)),
-}
-Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+@dataclass
+class Batch:
+    """Leaves and the gradient of the result, for one layout of the tokens."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    upstream: Tensor
+
+    def train(self, attention: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Outputs:
+        """The result and the gradients."""
+        leaves = (self.query, self.key, self.value)
+        out = attention(*leaves)
+        names = ("grad_query", "grad_key", "grad_value")
+        grads = torch.autograd.grad(out, leaves, self.upstream)
+        return {"out": out.detach(), **dict(zip(names, grads, strict=True))}
+
+    def select(self, index: Tensor, dtype: torch.dtype) -> Batch:
+        """Copies of the tokens [...] of `index`, as leaves [..., H, D]."""
+        q, k, v, upstream = (
+            x.detach()[index].to(dtype)
+            for x in (self.query, self.key, self.value, self.upstream)
+        )  # fmt: skip
+        return Batch(q.requires_grad_(), k.requires_grad_(), v.requires_grad_(), upstream)
 
 
 @dataclass
 class Inputs:
-    """Query, key and value [T, H, D] of the packed row, leaves; the pairs that it holds."""
+    """The packed row, tensors [T, H, D]."""
 
-    qkv: tuple[Tensor, Tensor, Tensor]
-    pairs: int
-    prompt: int
-    response: int
+    shape: Shape
+    packed: Batch
 
     @property
-    def plan(self) -> PrefixPlan:
-        return PrefixPlan.of([(self.prompt, (self.response, self.response))] * self.pairs)
+    def pairs(self) -> Tensor:
+        """[pairs, tokens] of the row, a pair at a time."""
+        return torch.arange(self.packed.query.shape[0]).view(self.shape.pairs, -1)
 
-    def rows(self) -> Tensor:
-        """[2P, prompt + response] tokens of each response's own row."""
-        device, group = self.qkv[0].device, self.prompt + 2 * self.response
-        first = torch.arange(self.pairs, device=device)[:, None, None] * group
-        side = torch.arange(2, device=device)[None, :, None] * self.response
-        place = torch.arange(self.prompt + self.response, device=device)
-        return (first + place + side * (place >= self.prompt)).flatten(0, 1)
+    @property
+    def unshared(self) -> Tensor:
+        """[2 * pairs, prompt + response] of the row, the prompts twice."""
+        prompt, *responses = self.pairs.split([self.shape.prompt] + [self.shape.response] * 2, 1)
+        return torch.cat([torch.cat([prompt, response], 1) for response in responses])
 
 
 def cases(suite: str) -> Iterator[Case]:
-    heads, device, dtypes = SETTINGS[suite]
-    for size in SIZES[suite]:
-        for dtype in dtypes:
-            yield _case(heads, device, dtype, *size)
+    device = "cuda" if suite == "gpu" else "cpu"
+    for shape in SHAPES[suite]:
+        for name in ("bfloat16",) if suite == "gpu" else ("float32", "bfloat16"):
+            dtype: torch.dtype = getattr(torch, name)
+            ours = {
+                f"ours, {i}": Variant(partial(_ours, i), "shared", compiles=i == "flex")
+                for i in IMPLEMENTATIONS[device]
+            }
+            yield Case(
+                op="prefix_attention",
+                name=f"{shape}, {name}",
+                params=vars(shape) | {"dtype": name, "device": device},
+                make_inputs=partial(_inputs, shape, dtype, device),
+                variants={
+                    "SDPA, unshared rows": Variant(_unshared, "unshared"),
+                    "SDPA, mask": Variant(_masked, "shared"),
+                    **ours,
+                },
+                oracle=_oracle,
+                tolerance=TOLERANCE[name],
+                work=_work(shape, dtype),
+                baselines=("SDPA, unshared rows", "SDPA, mask"),
+            )
 
 
-def _case(
-    heads: tuple[int, int, int], device: str, name: str, pairs: int, prompt: int, response: int
-) -> Case:
-    dtype: torch.dtype = getattr(torch, name)
-    tokens = pairs * (prompt + 2 * response)
-    seen = pairs * (prompt**2 / 2 + 2 * prompt * response + response**2)
-    ours = {"flex": "ours, flex"} if device == "cuda" else {"pieces": "ours, pieces"}
-    variants = {text: Variant(partial(_ours, impl)) for impl, text in ours.items()}
-    variants["SDPA, mask"] = Variant(_masked)
-    variants["SDPA, unshared rows"] = Variant(_unshared)
-    return Case(
-        op="prefix_attention",
-        name=f"{pairs} x [{prompt}, {response}, {response}], heads {list(heads)}, {name}",
-        params={
-            "pairs": pairs, "prompt": prompt, "response": response, "heads": list(heads),
-            "dtype": name, "device": device,
-        },
-        make_inputs=partial(_inputs, heads, dtype, device, pairs, prompt, response),
-        variants=variants,
-        oracle=_exact,
-        tolerance=TOLERANCE[name],
-        work=Work(
-            7 * 2.0 * heads[0] * heads[2] * seen,
-            float(dtype.itemsize * tokens * (4 * heads[0] + 4 * heads[1]) * heads[2]),
-            (prompt, heads[2], prompt),
-        ),
-        baselines=("SDPA, unshared rows",),
-    )  # fmt: skip
-
-
-def _inputs(
-    heads: tuple[int, int, int], dtype: torch.dtype, device: str, pairs: int, prompt: int,
-    response: int,
-) -> Inputs:  # fmt: skip
-    g = torch.Generator().manual_seed(0)
-    tokens, (h, hkv, d) = pairs * (prompt + 2 * response), heads
-    q, k, v = (
-        torch.randn(tokens, n, d, generator=g).to(device, dtype).requires_grad_()
-        for n in (h, hkv, hkv)
+def _work(shape: Shape, dtype: torch.dtype) -> Work:
+    """Two products forward and four backward over the scores that count; every tensor once."""
+    p, r = shape.prompt, shape.response
+    scores = shape.pairs * shape.heads * (p * (p + 1) / 2 + 2 * (p * r + r * (r + 1) / 2))
+    # Query, result and their gradients; key, value and theirs.
+    vectors = shape.pairs * shape.tokens * 4.0 * (shape.heads + shape.kv_heads)
+    return Work(
+        6 * 2.0 * scores * shape.width, vectors * shape.width * dtype.itemsize, (p, shape.width, p)
     )
-    return Inputs((q, k, v), pairs, prompt, response)
 
 
-def _both_ways(attend: Attention, inputs: Inputs) -> Call:
-    upstream = torch.linspace(-1, 1, inputs.qkv[0].numel(), device=inputs.qkv[0].device)
-    upstream = upstream.view_as(inputs.qkv[0]).to(inputs.qkv[0].dtype)
+def _inputs(shape: Shape, dtype: torch.dtype, device: str) -> Inputs:
+    generator = torch.Generator(device).manual_seed(0)
 
-    def call() -> Outputs:
-        out = attend(*inputs.qkv)
-        grads = torch.autograd.grad(out, inputs.qkv, upstream)
-        return {"out": out.detach(), **dict(zip(("dq", "dk", "dv"), grads, strict=True))}
+    def normal(heads: int) -> Tensor:
+        size = (shape.pairs * shape.tokens, heads, shape.width)
+        return torch.randn(size, generator=generator, device=device)
 
-    return call
-
-
-def _ours(impl: str, inputs: Inputs) -> Call:
-    plan = inputs.plan
-    return _both_ways(lambda q, k, v: prefix_attention(q, k, v, plan, impl=impl), inputs)
+    query, key, value, upstream = (
+        normal(heads) for heads in (shape.heads, shape.kv_heads, shape.kv_heads, shape.heads)
+    )
+    leaves = [x.to(dtype).requires_grad_() for x in (3 * query, key, value)]
+    return Inputs(shape, Batch(*leaves, upstream.to(dtype)))
 
 
-def _masked(inputs: Inputs) -> Call:
-    """A dense mask of each group, which all groups share here."""
-    group = PrefixPlan.of([(inputs.prompt, (inputs.response, inputs.response))])
-    places = group.places(inputs.qkv[0].device)
-    mask = sees(places.at((slice(None), None)), places, None)
+def _causal(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Of rows [B, L, H, D]."""
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    out = scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    return out.transpose(1, 2)
 
-    def attend(*qkv: Tensor) -> Tensor:
-        q, k, v = (x.unflatten(0, (inputs.pairs, -1)).transpose(1, 2) for x in qkv)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
-        return out.transpose(1, 2).flatten(0, 1)
 
-    return _both_ways(attend, inputs)
+def _oracle(inputs: Inputs, computes: str) -> Outputs:
+    rows = inputs.packed.select(inputs.unshared, torch.float64)
+    if computes == "unshared":
+        return rows.train(_causal)
+    packed = inputs.packed.select(torch.arange(inputs.packed.query.shape[0]), torch.float64)
+    return packed.train(partial(_copied, inputs.shape, inputs.unshared))
+
+
+def _copied(shape: Shape, index: Tensor, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Of packed tokens, by way of rows with copies of the prompts."""
+    chosen, rejected = _causal(query[index], key[index], value[index]).chunk(2)
+    return torch.cat([chosen, rejected[:, shape.prompt :]], 1).flatten(0, 1)
 
 
 def _unshared(inputs: Inputs) -> Call:
-    """Rows of equal length, of which the second half of a pair repeats the prompt. The prompt's own
-    results are those of the first row."""
-    rows = inputs.rows()
-
-    def attend(*qkv: Tensor) -> Tensor:
-        q, k, v = (x[rows].transpose(1, 2) for x in qkv)
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-        chosen, rejected = out.transpose(1, 2).unflatten(0, (-1, 2)).unbind(1)
-        return torch.cat([chosen, rejected[:, inputs.prompt :]], 1).flatten(0, 1)
-
-    return _both_ways(attend, inputs)
+    rows = inputs.packed.select(inputs.unshared, inputs.packed.query.dtype)
+    return lambda: rows.train(_causal)
 
 
-def _exact(inputs: Inputs, computes: str) -> Outputs:
-    qkv = tuple(x.detach().double().requires_grad_() for x in inputs.qkv)
-    exact = Inputs((qkv[0], qkv[1], qkv[2]), inputs.pairs, inputs.prompt, inputs.response)
-    return _ours("reference", exact)()
+def _masked(inputs: Inputs) -> Call:
+    """One call for all pairs, with one mask of booleans."""
+    shape, device = inputs.shape, inputs.packed.query.device
+    token = torch.arange(shape.tokens, device=device)
+    segment = (token - shape.prompt).div(shape.response, rounding_mode="floor").clamp(min=-1)
+    sees = (segment == segment[:, None]) | (segment == -1)
+    mask = sees & (token <= token[:, None])
+
+    def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        q, k, v = (x.unflatten(0, (shape.pairs, -1)).transpose(1, 2) for x in (query, key, value))
+        out = scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+        return out.transpose(1, 2).flatten(0, 1)
+
+    return lambda: inputs.packed.train(attention)
+
+
+def _ours(impl: str, inputs: Inputs) -> Call:
+    plan, batch = inputs.shape.plan(), inputs.packed
+    if reason := refusal(impl, batch.query, batch.key, batch.value, plan):
+        raise Unavailable(reason)
+    return lambda: batch.train(lambda q, k, v: prefix_attention(q, k, v, plan, impl=impl))

@@ -20,7 +20,7 @@ SOURCES = sorted(
 FLOORS = (
     {"srlm_kernels"},
     {"errors"},
-    {"config", "env"},
+    {"config", "env", "parallel"},
     {"recipes"},
     {"data"},
     {"model"},

@@ -61,6 +61,9 @@ def attend(
         ("block mask", query.device, window), lambda: block_mask(plan, window, query.device)
     )
     q, k, v = (x.transpose(0, 1)[None] for x in (query, key, value))
+    if not torch.is_grad_enabled():
+        # On the CPU it refuses views of leaves that ask for gradients, whatever the mode.
+        q, k, v = q.detach(), k.detach(), v.detach()
     out, aux = _run(query.device.type)(
         q, k, v, score_mod=_capped(softcap), block_mask=mask, scale=scale, enable_gqa=True,
         return_aux=AuxRequest(lse=sinks is not None),
@@ -86,10 +89,12 @@ def block_mask(plan: PrefixPlan, window: int | None, device: torch.device) -> Bl
 
 @functools.cache
 def _run(device: str) -> Callable[..., Any]:
+    if device != "cuda":
+        return flex_attention
     # By default lengths become symbols when they first change, while scale, window and softcap, of
     # which a model has few, are constants. Out of recompilations, a full graph raises; otherwise it
     # would go on without a kernel, in silence.
-    return torch.compile(flex_attention, fullgraph=True) if device == "cuda" else flex_attention
+    return torch.compile(flex_attention, fullgraph=True)
 
 
 @functools.cache

@@ -4,6 +4,8 @@ A group is one causal call of the prompt on itself, one call of all responses on
 causal call of each response on itself. With the result and the log-sum-exp over all keys in place
 of its own, the backward of a part gives this part's exact share of the gradients: the probabilities
 e^(score - lse) and the row sums of grad * out are those of the whole softmax.
+
+A query whose scores in one call are all NaN counts for 0 there, as everywhere in torch on a CPU.
 """
 
 from __future__ import annotations
@@ -93,7 +95,7 @@ class _Pieces(torch.autograd.Function):
             )
             if joins:
                 share = torch.sigmoid(part_lse - lse[:, :, rows])[..., None]
-                part = o[:, :, rows] * (1 - share) + part * share
+                part = torch.lerp(o[:, :, rows].to(lse.dtype), part.to(lse.dtype), share)
                 part_lse = torch.logaddexp(lse[:, :, rows], part_lse)
             o[:, :, rows], lse[:, :, rows] = part, part_lse
         ctx.save_for_backward(query, key, value, out, lse)
@@ -106,18 +108,27 @@ class _Pieces(torch.autograd.Function):
         query, key, value, out, lse = ctx.saved_tensors
         q, o, g = (_grouped(x, key.shape[1]) for x in (query, out, grad.contiguous()))
         k, v = (_shared(x, q.shape[1]) for x in (key, value))
-        grads = [torch.zeros_like(x, memory_format=torch.contiguous_format)
+        grads = [torch.empty_like(x, memory_format=torch.contiguous_format)
                  for x in (query, key, value)]  # fmt: skip
         grad_q, grad_k, grad_v = (_grouped(x, key.shape[1]) for x in grads)
-        for rows, keys, causal, _ in pieces(ctx.plan):
+        for rows, keys, causal, joins in pieces(ctx.plan):
             dq, dk, dv = _flash_backward(
                 g[:, :, rows], q[:, :, rows], k[:, :, keys], v[:, :, keys], o[:, :, rows],
                 lse[:, :, rows], 0.0, causal, scale=ctx.scale,
             )  # fmt: skip
-            grad_q[:, :, rows] += dq
+            _put(grad_q[:, :, rows], dq, add=joins)
             for total, part in ((grad_k, dk), (grad_v, dv)):
-                total[:, :, keys] += part.sum(1, keepdim=True, dtype=lse.dtype)
+                if part.shape[1] > 1:
+                    part = part.sum(1, keepdim=True, dtype=lse.dtype)
+                _put(total[:, :, keys], part, add=not causal)  # its own queries were there before
         return *grads, None, None
+
+
+def _put(total: Tensor, part: Tensor, *, add: bool) -> None:
+    if add:
+        total += part
+    else:
+        total.copy_(part)
 
 
 def _grouped(x: Tensor, kv_heads: int) -> Tensor:

@@ -57,7 +57,7 @@ def fit(
 
     def gradients(step: int, items: Sequence[int]) -> int | None:
         """The tokens of a step whose gradients are collected; None: some rank's memory ran out."""
-        tokens: int | None = 0
+        tokens, memory_ran_out = 0, False
         try:
             for micro in step_function(step, items, micro_batches.mine(items)):
                 micro.loss.backward()  # type: ignore[no-untyped-call]
@@ -65,9 +65,10 @@ def fit(
                 metrics.add(micro)
                 tokens += micro.num_tokens
         except torch.OutOfMemoryError:
-            tokens = None
-        return None if ranks.any(tokens is None) else tokens
+            memory_ran_out = True
+        return None if ranks.any(memory_ran_out) else tokens
 
+    _check_replicas(model, ranks)
     with _prepared(model, config):
         bar = tqdm(plan, desc=name, unit="step", disable=None if ranks.main else True)
         for step, items in enumerate(bar):
@@ -95,6 +96,7 @@ def fit(
                     "num_tokens": sum(ranks.gather([num_tokens])),
                 }
                 log({**metrics.read(), **place})
+    _check_replicas(model, ranks)
     first, last, skipped = torch.stack([losses[0], losses[-1], optimizer.skipped]).tolist()
     return {
         "steps": steps,
@@ -104,6 +106,15 @@ def fit(
         "skipped_steps": int(skipped),
         "out_of_memory": out_of_memory,
     }
+
+
+def _check_replicas(model: nn.Module, ranks: Ranks) -> None:
+    """Raises RuntimeError where the weights of the ranks differ: nothing else would show it."""
+    if ranks.world > 1:
+        sums = [p.detach().sum(dtype=torch.float64) for p in model.parameters()]
+        found = ranks.gather([str(torch.stack(sums).tolist())])
+        if len(set(found)) > 1:
+            raise RuntimeError("the weights differ between the processes that train them")
 
 
 def _zero(model: nn.Module) -> Tensor:

@@ -5,9 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import zip_longest
 
 import torch
 from torch import Tensor
+
+from srlm_fast.parallel import ALONE, Ranks
 
 Log = Callable[[dict[str, float]], None]
 
@@ -31,9 +34,14 @@ class Micro:
 
 
 class Metrics:
-    """Running sums of the steps since the last `read`; steps that were not taken are left out."""
+    """Running sums of the steps since the last `read`; steps that were not taken are left out.
 
-    def __init__(self) -> None:
+    like: 0-d, of the device and dtype of the losses. Each of several `ranks` adds what it computes;
+    a rank may have nothing in a step, or ever.
+    """
+
+    def __init__(self, like: Tensor, ranks: Ranks = ALONE) -> None:
+        self._like, self._ranks = like, ranks
         self._names: list[str] = []
         self._micros: list[Tensor] = []
         self._count = 0
@@ -42,7 +50,8 @@ class Metrics:
     def add(self, micro: Micro) -> None:
         """Takes in a micro-batch of the step under way."""
         self._names = list(micro.sums)
-        self._micros.append(torch.stack([micro.loss.detach(), *micro.sums.values()]).float())
+        row = torch.stack([micro.loss.detach(), *micro.sums.values()])
+        self._micros.append(row.to(self._like.dtype))
         self._count += micro.count
 
     def discard_step(self) -> None:
@@ -50,23 +59,31 @@ class Metrics:
         self._micros, self._count = [], 0
 
     def step_loss(self) -> Tensor:
-        """0-d: the loss of the step under way."""
-        return torch.stack([micro[0] for micro in self._micros]).sum()
+        """0-d: this rank's part of the loss of the step under way."""
+        return torch.stack([self._like, *(micro[0] for micro in self._micros)]).sum()
 
     def end_step(self, grad_norm: Tensor, taken: Tensor) -> None:
         """Closes a step; `grad_norm` and `taken` as `Optimizer.step` gives them."""
-        sums = torch.stack(self._micros).sum(0)
-        head = [grad_norm.float()[None], sums.new_ones(1), sums.new_full((1,), self._count)]
+        nothing = self._like.new_zeros(1 + len(self._names))
+        sums = torch.stack([nothing, *self._micros]).sum(0)
+        norm = grad_norm.to(sums.dtype)[None]
+        head = [norm, sums.new_ones(1), sums.new_full((1,), self._count)]
         row = torch.where(taken, torch.cat([*head, sums]), 0.0)
-        self._total = row if self._total is None else self._total + row
+        if self._total is not None:  # from before this rank knew what is counted, it is shorter
+            row[: len(self._total)] += self._total
+        self._total = row
         self._micros, self._count = [], 0
 
     def read(self) -> dict[str, float]:
         """Means since the last read, of one transfer: loss and grad_norm over steps, the rest over
-        what they count; NaN if no step was taken."""
+        what they count on all ranks; NaN if no step was taken."""
         assert self._total is not None, "read() before any step"
-        grad_norm, steps, count, loss, *sums = self._total.tolist()
+        totals = self._ranks.gather([self._total.tolist()])
+        names = max(self._ranks.gather([self._names]), key=len)
         self._total = None
-        steps, count = steps or math.nan, count or math.nan
-        means = {name: value / count for name, value in zip(self._names, sums, strict=True)}
-        return {"loss": loss / steps, "grad_norm": grad_norm / steps, **means}
+        grad_norm, steps = totals[0][:2]  # the same on all ranks
+        columns = zip_longest(*(total[2:] for total in totals), fillvalue=0.0)
+        count, loss, *sums = map(sum, columns)
+        taken, counted = steps or math.nan, count or math.nan
+        means = {name: value / counted for name, value in zip(names, sums, strict=True)}
+        return {"loss": loss / taken, "grad_norm": grad_norm / taken, **means}

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from srlm_fast.errors import UserError
+from srlm_fast.parallel import ALONE, Ranks
 from srlm_kernels import losses
 
 MAX_WINDOW = 512
@@ -60,11 +61,22 @@ class NoiseDetector:
     official: as the SPA code: the mean of the order statistics int(50 K) and int(50 K) + 1 of the
         last 50 micro-batch means, 0 until 50 are seen, renewed after every micro-batch; a margin
         that equals tau is flagged too.
+
+    Each of several `ranks` observes its own pairs of a step. A window holds those of all, as if one
+    rank had seen them; `official` knows its own rank's micro-batches only, as the SPA code does.
     """
 
     def __init__(
-        self, refine: Refinement, *, beta: float, num_pairs: int, steps: int, like: Tensor
+        self,
+        refine: Refinement,
+        *,
+        beta: float,
+        num_pairs: int,
+        steps: int,
+        like: Tensor,
+        ranks: Ranks = ALONE,
     ) -> None:
+        self._ranks = ranks
         self.refine, self.beta, self.steps = refine, beta, steps
         # A window that the round cannot fill would leave tau at 0 and K without a say.
         widest = num_pairs // 2 if refine.window else min(MAX_WINDOW, num_pairs // 4)
@@ -72,22 +84,29 @@ class NoiseDetector:
         self.alpha = 0.0
         self.tau = torch.zeros_like(like)
         self._seen = like.new_empty(0)
+        self._order: Sequence[int] = ()
+        self._step: list[tuple[Sequence[int], Tensor]] = []
         self._means: deque[Tensor] = deque(maxlen=OFFICIAL_WINDOW)
         self._scored_at: int | None = None
-        self._flagged: list[tuple[Sequence[int], Tensor]] = []
+        self._flagged: list[tuple[int, Sequence[int], Tensor]] = []
         self._start = (-1, self.tau, self._seen, self._means.copy(), 0)
 
-    def begin_step(self, step: int, score: Callable[[], Tensor]) -> None:
-        """Sets alpha for optimiser step `step` (from 0), and tau in `dataset` mode.
+    def begin_step(self, step: int, score: Callable[[], Tensor], order: Sequence[int] = ()) -> None:
+        """Sets alpha for optimiser step `step` (from 0), and tau, but in `official` mode.
 
-        `score` gives the extrapolated margins of all pairs of the round, nats without beta. For a
-        step that begins again everything is as it was when it began first.
+        `score` gives the extrapolated margins of all pairs of the round, nats without beta. `order`
+        is the step's pairs on all ranks, in the order in which they enter a window; a single rank
+        may leave it to `observe`. For a step that begins again everything is as it was when it
+        began first.
         """
         if step == self._start[0]:
             _, self.tau, self._seen, means, flagged = self._start
-            self._means = means.copy()
+            self._means, self._step = means.copy(), []
             del self._flagged[flagged:]
             return
+        # Not at the end of a step, where a rank that ran out of memory would be waited for.
+        self._move_window()
+        self._order = order
         off = step < self.refine.warmup_fraction * self.steps
         self.alpha = 0.0 if off else self.refine.alpha
         if not off and self.refine.tau == "dataset" and self._is_due(step):
@@ -116,27 +135,37 @@ class NoiseDetector:
             "spa/extrapolated_margin": margins.sum(),
         }
         if self.alpha > 0.0:
-            self._flagged.append((indices, flagged))
+            self._flagged.append((self._start[0], indices, flagged))
         if self.refine.tau == "window":
-            self._seen = torch.cat([self._seen, margins])
+            self._step.append((indices, margins))
         elif self.refine.tau == "official":
             self._means.append(margins.mean())
             if len(self._means) == OFFICIAL_WINDOW:
                 self.tau = _official_tau(torch.stack(list(self._means)), self.refine.k_percent)
         return sums
 
-    def end_step(self) -> None:
-        """Renews tau in `window` mode: here, so that it is the same for all micro-batches."""
-        if self.refine.tau == "window":
-            self._seen = self._seen[-self.window :]
-            if len(self._seen) == self.window:
-                self.tau = quantile(self._seen, self.refine.k_percent)
+    def _move_window(self) -> None:
+        """Takes the pairs of the step before into the window, and renews tau in `window` mode."""
+        if self.refine.tau != "window":
+            return
+        margins = torch.cat([self._seen[:0], *(part for _, part in self._step)])
+        if self._ranks.world > 1:  # each rank fills in its own pairs, and the sum has all
+            place = {index: i for i, index in enumerate(self._order)}
+            mine = [place[index] for indices, _ in self._step for index in indices]
+            places = torch.tensor(mine, dtype=torch.int64).to(margins.device, non_blocking=True)
+            margins = margins.new_zeros(len(place)).index_copy(0, places, margins)
+            self._ranks.sum_([margins])
+        self._step = []
+        self._seen = torch.cat([self._seen, margins])[-self.window :]
+        if len(self._seen) == self.window:
+            self.tau = quantile(self._seen, self.refine.k_percent)
 
     def flags(self, num_pairs: int) -> list[bool | None]:
         """For each pair whether it was flagged when last trained on; None: alpha was 0."""
         flags: list[bool | None] = [None] * num_pairs
-        for indices, flagged in self._flagged:
-            for index, flag in zip(indices, flagged.tolist(), strict=True):
+        mine = [(step, list(indices), f.tolist()) for step, indices, f in self._flagged]
+        for _, indices, flagged in sorted(self._ranks.gather(mine), key=lambda micro: micro[0]):
+            for index, flag in zip(indices, flagged, strict=True):
                 flags[index] = flag
         return flags
 

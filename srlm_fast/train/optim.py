@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from srlm_fast.config import TrainConfig
 from srlm_fast.errors import UserError
+from srlm_fast.parallel import ALONE, Ranks
 
 MAX_STREAK = 5
 
@@ -38,9 +39,13 @@ class Optimizer:
     16-bit parameters have fp32 masters, into which gradients accumulate too: an update of 1e-6 is
     below the resolution of a bf16 weight and would be lost. Vectors (norms, biases) do not decay.
     A step whose loss or gradient is not finite changes nothing and is counted.
+
+    Each of several `ranks` has the same weights, and gradients of its own items; after `reduce` all
+    have the same gradients, and so take the same step.
     """
 
-    def __init__(self, model: nn.Module, config: TrainConfig) -> None:
+    def __init__(self, model: nn.Module, config: TrainConfig, ranks: Ranks = ALONE) -> None:
+        self._ranks = ranks
         self.params = [p for p in model.parameters() if p.requires_grad]
         if not self.params:
             raise ValueError("the model has no trainable parameters")
@@ -68,6 +73,16 @@ class Optimizer:
         """Forgets the gradients collected since the last step."""
         for tensor in (*self.params, *self.masters):
             tensor.grad = None
+
+    def reduce(self, loss: Tensor) -> None:
+        """Sums the collected gradients and `loss` (0-d) over the ranks, in place, before a step."""
+        # What no rank has a gradient for stays without: the optimiser leaves it as it is.
+        wanted = self._ranks.any_of_each([m.grad is not None for m in self.masters])
+        masters = [m for m, is_wanted in zip(self.masters, wanted, strict=True) if is_wanted]
+        for master in masters:
+            if master.grad is None:
+                master.grad = torch.zeros_like(master)
+        self._ranks.sum_([loss, *(m.grad for m in masters if m.grad is not None)])
 
     @torch.no_grad()
     def step(self, loss: Tensor, factor: float) -> tuple[Tensor, Tensor]:

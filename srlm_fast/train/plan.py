@@ -12,6 +12,7 @@ from itertools import pairwise
 
 from srlm_fast.config import TrainConfig
 from srlm_fast.errors import UserError
+from srlm_fast.parallel import ALONE, Ranks
 from srlm_fast.train.batches import Layout, Row
 
 Item = tuple[Row, ...]
@@ -65,17 +66,36 @@ class MicroBatches:
     `micro_batch_tokens` tokens (padding counts; 0: no limit), an item at least.
 
     Items are ordered by length, so that a forward holds little padding; which of them share a step
-    stays random.
+    stays random. Each of several `ranks` has its own items of a step.
     """
 
-    def __init__(self, items: Sequence[Item], config: TrainConfig, layout: Layout) -> None:
-        self._items, self._layout = items, layout
+    def __init__(
+        self, items: Sequence[Item], config: TrainConfig, layout: Layout, ranks: Ranks = ALONE
+    ) -> None:
+        self._items, self._layout, self._ranks = items, layout, ranks
         self.max_items, self.max_tokens = config.micro_batch_size, config.micro_batch_tokens
 
+    def mine(self, step: Sequence[int]) -> list[list[int]]:
+        """The micro-batches of `step` that this rank computes; there may be none."""
+        return self.split(self.shares(step)[self._ranks.rank])
+
+    def shares(self, step: Sequence[int]) -> list[list[int]]:
+        """The items of `step` by the rank that trains on them, with about as many tokens each: the
+        longest that is left goes to whoever has least. All ranks find the same."""
+        loads, owner = [0] * self._ranks.world, {}
+        for index in sorted(step, key=lambda i: self.tokens([i]), reverse=True):
+            owner[index] = loads.index(min(loads))
+            loads[owner[index]] += self.tokens([index])
+        return [[i for i in step if owner[i] == rank] for rank in range(self._ranks.world)]
+
+    def in_order(self, step: Sequence[int]) -> list[int]:
+        """The items of `step` in the order in which a single rank sees them."""
+        return sorted(step, key=lambda i: max(_lengths(self._items[i])))
+
     def split(self, step: Sequence[int]) -> list[list[int]]:
-        """The micro-batches of `step`."""
+        """The micro-batches of `step` on one rank."""
         micros: list[list[int]] = []
-        for index in sorted(step, key=lambda i: max(_lengths(self._items[i]))):
+        for index in self.in_order(step):
             if micros and self._fits([*micros[-1], index]):
                 micros[-1].append(index)
             else:
@@ -88,18 +108,22 @@ class MicroBatches:
         return [micro for part in parts for micro in self.split(part)]
 
     def halve(self, step: Sequence[int]) -> None:
-        """Half the tokens from now on, since those of `step` were too many for the memory.
+        """Half the tokens from now on, on every rank, since those of `step` were too many for the
+        memory of one.
 
         Raises UserError when its forwards hold one item each already.
         """
-        micros = self.split(step)
-        self.max_tokens = max(map(self.tokens, micros)) // 2
-        if len(self.split(step)) == len(micros) == len(step):
+        before = self._of_all_ranks(step)
+        self.max_tokens = max(map(self.tokens, before)) // 2
+        if len(self._of_all_ranks(step)) == len(before) == len(step):
             longest = max(self.tokens([index]) for index in step)
             raise UserError(
                 f"out of memory with a single item of {longest} tokens: set gradient_checkpointing"
                 " to true, lower max_length, or train LoRA adapters"
             )
+
+    def _of_all_ranks(self, step: Sequence[int]) -> list[list[int]]:
+        return [micro for share in self.shares(step) for micro in self.split(share)]
 
     def tokens(self, micro: Sequence[int]) -> int:
         """That one forward of these items computes."""

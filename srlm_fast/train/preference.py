@@ -17,6 +17,7 @@ from srlm_fast.data.records import Pair
 from srlm_fast.errors import UserError
 from srlm_fast.model.forward import lm_head
 from srlm_fast.model.load import context_length
+from srlm_fast.parallel import ALONE, Ranks
 from srlm_fast.train.batches import Batch, Layout, collate
 from srlm_fast.train.fit import fit
 from srlm_fast.train.layout import choose_layout
@@ -43,6 +44,7 @@ def train_preference(
     log: Log,
     reference_is_start: bool = True,
     cache: Path | None = None,
+    ranks: Ranks = ALONE,
 ) -> dict[str, Any]:
     """Trains `model` in place against the frozen `reference` on the token ids of `pairs`.
 
@@ -65,18 +67,12 @@ def train_preference(
     or it was dropped.
     Raises UserError when no pair is left, the loss is unknown or training diverges.
     """
-    if config.reference_cache == "none" and reference is model:
-        raise ValueError("a model that trains cannot be its own reference without reference_cache")
-    if config.reference_cache == "logps" and refine:
-        raise UserError(
-            "SPA mixes the logits of policy and reference, and sums of log-probs have none: set "
-            "preference.reference_cache to states or none"
-        )
+    _check_cache(config, refine, own=reference is model)
     items = [((p.prompt_ids, p.chosen_ids), (p.prompt_ids, p.rejected_ids)) for p in pairs]
     kept, dropped = usable_items(items, config.max_length or context_length(model))
     plan = plan_steps(kept, config, seed)
     layout = choose_layout(model, config)
-    micro_batches = MicroBatches(items, config, layout)
+    micro_batches = MicroBatches(items, config, layout, ranks)
     extrapolation = refine.lam if refine else None
     forward = PairForward(model, items, config, layout, pad_id, extrapolation)
     loss = pair_loss(config)
@@ -84,7 +80,7 @@ def train_preference(
     def all_micros() -> list[list[int]]:
         return micro_batches.forwards(kept, config.per_device_train_batch_size)
 
-    compared = choose_reference(reference, config, all_micros(), forward.collate, cache)
+    compared = choose_reference(reference, config, all_micros(), forward.collate, cache, ranks)
     dtype = torch.promote_types(model.dtype, torch.float32)
     noise = refine and NoiseDetector(
         refine,
@@ -92,18 +88,23 @@ def train_preference(
         num_pairs=len(kept),
         steps=len(plan),
         like=torch.zeros((), device=model.device, dtype=dtype),
+        ranks=ranks,
     )
     late: dict[int, list[tuple[int, Tensor]]] = {}
 
-    def step_function(step: int, micros: Sequence[Sequence[int]]) -> Iterator[Micro]:
-        num_pairs = sum(map(len, micros))
+    def score() -> Tensor:
+        return forward.ext_margins(all_micros(), compared, loss, ranks)
+
+    def step_function(
+        step: int, step_items: Sequence[int], micros: Sequence[Sequence[int]]
+    ) -> Iterator[Micro]:
         if step >= 3 * len(plan) // 4:
             late[step] = []
         if noise:
-            noise.begin_step(step, lambda: forward.ext_margins(all_micros(), compared, loss))
+            noise.begin_step(step, score, micro_batches.in_order(step_items))
         for indices in micros:
             loss_fn = noise.loss() if noise else loss
-            result, batch = forward(indices, compared, loss_fn, scale=1 / num_pairs)
+            result, batch = forward(indices, compared, loss_fn, scale=1 / len(step_items))
             if step == 0 and reference_is_start:
                 check_start(result, loss_fn, batch, config.rpo_alpha, compared.floor)
             sums = _pair_metrics(result, config.beta)
@@ -112,15 +113,25 @@ def train_preference(
             if noise:
                 sums |= noise.observe(indices, result.ext_margins)
             yield Micro(result.loss, len(indices), batch.num_tokens, sums)
-        if noise:
-            noise.end_step()
 
-    summary = fit(model, config, plan, micro_batches, step_function, log=log, name="preference")
-    last = [micro for micros in late.values() for micro in micros]
+    summary = fit(
+        model, config, plan, micro_batches, step_function, log=log, name="preference", ranks=ranks
+    )
+    last = ranks.gather([(n, sums.tolist()) for micros in late.values() for n, sums in micros])
     summary |= {"pairs": len(kept), "dropped": dict(dropped), **_late_means(last, config.beta)}
     if noise:
         summary["flags"] = noise.flags(len(pairs))
     return summary
+
+
+def _check_cache(config: PreferenceConfig, refine: Refinement | None, *, own: bool) -> None:
+    if config.reference_cache == "none" and own:
+        raise ValueError("a model that trains cannot be its own reference without reference_cache")
+    if config.reference_cache == "logps" and refine:
+        raise UserError(
+            "SPA mixes the logits of policy and reference, and sums of log-probs have none: set "
+            "preference.reference_cache to states or none"
+        )
 
 
 def pair_loss(config: PreferenceConfig) -> Callable[..., Tensor]:
@@ -227,10 +238,23 @@ class PairForward:
         micros: Sequence[Sequence[int]],
         reference: Reference,
         loss: Callable[..., Tensor],
+        ranks: Ranks = ALONE,
     ) -> Tensor:
-        """The extrapolated margins (nats, no beta) of the items of all `micros`."""
-        results = [self(micro, reference, loss, scale=1.0)[0] for micro in micros]
-        return torch.cat([result.ext_margins for result in results])
+        """The extrapolated margins (nats, no beta) of the items of all `micros`, which `ranks`
+        share. Raises torch.OutOfMemoryError on every rank where it is raised on one."""
+        sizes, memory_ran_out = [len(micro) for micro in micros], False
+        dtype = torch.promote_types(self.model.dtype, torch.float32)
+        margins = torch.zeros(sum(sizes), device=self.model.device, dtype=dtype)
+        parts = list(zip(micros, torch.split(margins, sizes), strict=True))
+        try:
+            for micro, part in ranks.share(parts):
+                part.copy_(self(micro, reference, loss, scale=1.0)[0].ext_margins)
+        except torch.OutOfMemoryError:
+            memory_ran_out = True
+        if ranks.any(memory_ran_out):
+            raise torch.OutOfMemoryError("on one of the ranks")
+        ranks.sum_([margins])
+        return margins
 
 
 def _pair_metrics(result: PreferenceLoss, beta: float) -> dict[str, Tensor]:
@@ -247,9 +271,9 @@ def _pair_metrics(result: PreferenceLoss, beta: float) -> dict[str, Tensor]:
     }
 
 
-def _late_means(late: Sequence[tuple[int, Tensor]], beta: float) -> dict[str, float]:
+def _late_means(late: Sequence[tuple[int, list[float]]], beta: float) -> dict[str, float]:
     """Means over micro-batches of (pairs, `_pair_metrics` sums); non-finite ones are left out."""
-    finite = [(count, sums.tolist()) for count, sums in late if sums.isfinite().all()]
+    finite = [(count, sums) for count, sums in late if all(map(math.isfinite, sums))]
     count = sum(count for count, _ in finite) or math.nan
     means = [sum(sums[i] for _, sums in finite) / count for i in range(2, 6)]
     return {

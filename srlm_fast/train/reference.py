@@ -24,6 +24,7 @@ from torch import Tensor
 from srlm_fast.config import PreferenceConfig
 from srlm_fast.model.forward import Head, lm_head
 from srlm_fast.model.phase import inference
+from srlm_fast.parallel import ALONE, Ranks
 from srlm_fast.train.batches import Batch
 from srlm_kernels import linear_logp
 
@@ -102,28 +103,34 @@ def choose_reference(
     micros: Sequence[Sequence[int]],
     collate: Collate,
     folder: Path | None,
+    ranks: Ranks = ALONE,
 ) -> Reference:
-    """What `config.reference_cache` stands for; `model` is the reference as it is now.
+    """What `config.reference_cache` stands for; `model` is the reference as it is now. Several
+    `ranks` share the pass that makes a cache, and the `folder` of its files.
 
     Raises ValueError when states are to be kept and there is no `folder`.
     """
     if config.reference_cache == "logps":
-        return cache_logps(model, micros, collate)
+        return cache_logps(model, micros, collate, ranks)
     if config.reference_cache == "states":
         if folder is None:
             raise ValueError("reference_cache='states' needs a folder for its files")
-        return cache_states(model, micros, collate, folder)
+        return cache_states(model, micros, collate, folder, ranks)
     model.eval()
     return LiveReference(model)
 
 
-def cache_logps(model: Any, micros: Sequence[Sequence[int]], collate: Collate) -> CachedLogps:
+def cache_logps(
+    model: Any, micros: Sequence[Sequence[int]], collate: Collate, ranks: Ranks = ALONE
+) -> CachedLogps:
     """Those of `model` as it is now, for the items of `micros`; `collate` makes a batch of one."""
     with inference(model):
-        sums = [_sums(model, collate(micro)) for micro in micros]
+        mine = [_sums(model, collate(micro)).cpu() for micro in ranks.share(micros)]
+    sums = ranks.gather(mine)
     found = sums[0].new_full((max(map(max, micros)) + 1, 2), torch.nan)
     for micro, part in zip(micros, sums, strict=True):
         found[list(micro)] = part
+    found = found.to(model.device)
     return CachedLogps(found, _floor(model, micros[0], collate))
 
 
@@ -148,7 +155,11 @@ def _floor(model: Any, micro: Sequence[int], collate: Collate) -> float:
 
 
 def cache_states(
-    model: Any, micros: Sequence[Sequence[int]], collate: Collate, folder: Path
+    model: Any,
+    micros: Sequence[Sequence[int]],
+    collate: Collate,
+    folder: Path,
+    ranks: Ranks = ALONE,
 ) -> CachedStates:
     """Those of `model` as it is now, a file for each of `micros`, in `folder`.
 
@@ -158,12 +169,12 @@ def cache_states(
     folder.mkdir(parents=True, exist_ok=True)
     place, weights = {}, _fingerprint(model)
     with inference(model):
-        for micro in micros:
+        for turn, micro in enumerate(micros):
             batch = collate(micro)
             ids = [batch.input_ids.tolist(), batch.rows.tolist(), list(micro)]
             digest = hashlib.sha256(f"{weights}/{json.dumps(ids)}".encode()).hexdigest()
             path = folder / f"states-{digest[:24]}.safetensors"
-            if not path.is_file():
+            if turn % ranks.world == ranks.rank and not path.is_file():
                 states = batch.states(model)[batch.rows].cpu()
                 partial = path.with_suffix(".partial")
                 save_file({"states": states}, partial)
@@ -171,6 +182,7 @@ def cache_states(
             ends = batch.cu_seqlens[::2].tolist()
             for i, index in enumerate(micro):
                 place[index] = (path.name, ends[i], ends[i + 1])
+    ranks.barrier()
     head: Head = lm_head(model)
     bias = None if head.bias is None else head.bias.detach().clone()
     floor = _floor(model, micros[0], collate)

@@ -8,6 +8,7 @@ from typing import Any
 from srlm_fast.config import TrainConfig
 from srlm_fast.model.forward import lm_head
 from srlm_fast.model.load import context_length
+from srlm_fast.parallel import ALONE, Ranks
 from srlm_fast.train.batches import Row, collate
 from srlm_fast.train.fit import fit
 from srlm_fast.train.layout import choose_layout
@@ -24,11 +25,12 @@ def train_sft(
     seed: int,
     pad_id: int,
     log: Log,
+    ranks: Ranks = ALONE,
 ) -> dict[str, Any]:
     """Trains `model` in place on rows of (prompt ids, response ids).
 
     The loss of a step is the mean negative log-likelihood over all response tokens of the step
-    (nats); prompt tokens carry none. `log` gets `fit`'s metrics.
+    (nats); prompt tokens carry none. `log` gets `fit`'s metrics; for `ranks` see `fit`.
     Returns `fit`'s summary, `rows` trained on and `dropped` by reason. Raises UserError when no row
     is left or training diverges.
     """
@@ -36,8 +38,10 @@ def train_sft(
     kept, dropped = usable_items(items, config.max_length or context_length(model))
     device, layout = next(model.parameters()).device, choose_layout(model, config)
 
-    def step_function(step: int, micros: Sequence[Sequence[int]]) -> Iterator[Micro]:
-        num_targets = sum(len(rows[i][1]) for indices in micros for i in indices)
+    def step_function(
+        step: int, step_items: Sequence[int], micros: Sequence[Sequence[int]]
+    ) -> Iterator[Micro]:
+        num_targets = sum(len(rows[i][1]) for i in step_items)
         for indices in micros:
             batch = collate([rows[i] for i in indices], pad_id=pad_id, layout=layout, device=device)
             head = lm_head(model)
@@ -52,6 +56,8 @@ def train_sft(
             ).logp
             yield Micro(-logp.sum() / num_targets, len(batch.target), batch.num_tokens)
 
-    plan, micro_batches = plan_steps(kept, config, seed), MicroBatches(items, config, layout)
-    summary = fit(model, config, plan, micro_batches, step_function, log=log, name="sft")
+    plan, micro_batches = plan_steps(kept, config, seed), MicroBatches(items, config, layout, ranks)
+    summary = fit(
+        model, config, plan, micro_batches, step_function, log=log, name="sft", ranks=ranks
+    )
     return {**summary, "rows": len(kept), "dropped": dict(dropped)}

@@ -45,7 +45,6 @@ def test_window_is_the_quantile_of_the_last_pairs_before_the_step(micro):
             flagged = detector.loss().flagged(part)
             assert flagged.tolist() == [BETA * m < tau for m in part.tolist()]
             detector.observe(range(len(part)), part)
-        detector.end_step()
     assert detector.tau.item() != 0.0
 
 
@@ -71,7 +70,6 @@ def test_dataset_scores_when_alpha_switches_on_and_every_interval():
             )
             assert detector.alpha == (0.0 if step < 2 else 0.1)
             detector.observe(range(3), _margins(3, 99))
-            detector.end_step()
             yield detector.tau.item()
 
     expected = [sorted((BETA * m).tolist())[3] for m in rounds]
@@ -92,7 +90,6 @@ def test_official_is_the_mean_of_two_order_statistics_of_fifty_micro_batch_means
         assert detector.tau.item() == pytest.approx(gap, abs=1e-14)
         detector.begin_step(step, _no_scoring)
         detector.observe(range(4), batch)
-        detector.end_step()
 
 
 def test_official_flags_a_margin_that_equals_tau_and_the_paper_rule_does_not():

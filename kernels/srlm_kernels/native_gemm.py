@@ -8,10 +8,17 @@ from torch import Tensor
 from srlm_kernels import native
 
 
-def gemm_takes(a: Tensor, out_dtype: torch.dtype) -> bool:
-    """Whether `gemm_cpp` can multiply `a` with a matrix of its dtype here."""
+def gemm_takes(a: Tensor, b: Tensor, out: Tensor) -> bool:
+    """Whether `gemm_cpp` can write a @ b to `out` here."""
     known = (torch.float32, torch.bfloat16)
-    return a.device.type == "cpu" and a.dtype in known and out_dtype in known and native.has("gemm")
+    return (
+        a.device.type == "cpu"
+        and a.dtype == b.dtype
+        and a.dtype in known
+        and out.dtype in known
+        and out.stride(1) == 1
+        and native.has("gemm")
+    )
 
 
 def gemm_cpp(out: Tensor, a: Tensor, b: Tensor, *, add: bool = False) -> Tensor:
@@ -22,14 +29,16 @@ def gemm_cpp(out: Tensor, a: Tensor, b: Tensor, *, add: bool = False) -> Tensor:
 
     Args:
         out: [M, N] fp32 or bf16, unit column stride; shares no memory with the operands.
-        a, b: [M, K] and [K, N], both fp32 or both bf16, each of unit row or column stride.
+        a, b: [M, K] and [K, N], both fp32 or both bf16. One without a unit stride is copied first.
 
     Returns:
         `out`.
 
     Raises:
-        AttributeError: no library, or one built without AVX-512 (`gemm_takes` tells).
-        RuntimeError: tensors that do not fit together.
+        AttributeError: a library built without AVX-512 (`gemm_takes` tells).
+        RuntimeError: no library, or tensors that do not fit together.
     """
+    native.require()
+    a, b = (x if 1 in x.stride() else x.contiguous() for x in (a, b))
     torch.ops.srlm_kernels_c.gemm.default(out, a, b, add)
     return out

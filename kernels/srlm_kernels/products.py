@@ -35,7 +35,7 @@ def operand_dtype(hidden: Tensor, weight: Tensor, logits_dtype: torch.dtype) -> 
 
 def product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
     """out = a @ b, rounded once, to the dtype of `out`."""
-    if a.dtype == b.dtype and gemm_takes(a, out.dtype):
+    if gemm_takes(a, b, out):
         return gemm_cpp(out, a, b)
     if a.dtype == out.dtype:
         return torch.mm(a, b, out=out)
@@ -52,7 +52,7 @@ def add_product(total: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
 
     Where products are rounded to half precision the sum still is not.
     """
-    if a.dtype == b.dtype and gemm_takes(a, total.dtype):
+    if gemm_takes(a, b, total):
         gemm_cpp(total, a, b, add=not first)
         return
     if total.dtype == torch.float64:

@@ -51,7 +51,21 @@ def checkpoint_contexts(
     long over, maybe in another thread and with another micro-batch under way; it must find the plan
     that its forward had."""
     plan = _PLAN.get(None)
-    return nullcontext(), nullcontext() if plan is None else _attending(model, plan)
+    return nullcontext(), nullcontext() if plan is None else _Again(model, plan)
+
+
+class _Again(AbstractContextManager[None]):
+    """`_attending` as often as backward comes: more than once with retain_graph."""
+
+    def __init__(self, model: Any, plan: PrefixPlan) -> None:
+        self._arguments = (model, plan)
+
+    def __enter__(self) -> None:
+        self._attending = _attending(*self._arguments)
+        self._attending.__enter__()
+
+    def __exit__(self, *error: Any) -> bool | None:
+        return self._attending.__exit__(*error)
 
 
 def refusal(model: Any) -> str | None:
@@ -77,6 +91,8 @@ def refusal(model: Any) -> str | None:
             plan = PrefixPlan.of([(prompt, lengths)])
             place = torch.cat(positions).to(head.device)
             shared = packed_states(model, ids[None], place[None], plan)[0, prompt:]
+        except torch.OutOfMemoryError:
+            raise
         except (TypeError, ValueError, RuntimeError) as error:
             return f"its attention does not run packed: {type(error).__name__}: {error}"
     if not bool(alone.isfinite().all()):

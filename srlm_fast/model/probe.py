@@ -59,6 +59,8 @@ def probe(model: Any) -> Layers | str:
     with inference(model), attention_named(config, _NAME):
         try:
             decoder(model)(input_ids=ids, position_ids=ids, use_cache=False)
+        except torch.OutOfMemoryError:
+            raise
         except _ERRORS as error:
             return f"it does not run with an attention function of ours: {error}"
     layers = sorted(_found.shapes)

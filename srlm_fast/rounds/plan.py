@@ -88,14 +88,7 @@ def _memory(config: Config, folder: Path | None) -> list[str]:
         f"sampling and judging {count * (2 if bf16 else 4) / 1e9:.2f} GB, plus keys and values",
     ]
     for name, train in (("sft", config.sft), ("preference", config.preference)):
-        memory, tokens = training_memory(config, folder, name)
-        parts = ", ".join(
-            f"{part} {getattr(memory, part) / 1e9:.2f}"
-            for part in ("weights", "reference", "optimizer", "gradients", "activations", "head")
-        )
-        lines.append(
-            f"{name}: at most {memory.peak / 1e9:.2f} GB in forwards of {tokens:,} tokens ({parts})"
-        )
+        lines.append(f"{name}: {_peak(*training_memory(config, folder, name))}")
         if isinstance(train, PreferenceConfig) and train.reference_cache == "states":
             width = AutoConfig.from_pretrained(folder).get_text_config().hidden_size
             rows = 2 * config.prompts.num_prompts * config.sampling.max_new_tokens
@@ -104,40 +97,59 @@ def _memory(config: Config, folder: Path | None) -> list[str]:
     return lines
 
 
+def _peak(memory: TrainMemory, tokens: int) -> str:
+    names = ("weights", "reference", "optimizer", "gradients", "activations", "head")
+    sizes = {name: getattr(memory, name) for name in names}
+    parts = ", ".join(
+        f"{name} unknown" if size is None else f"{name} {size / 1e9:.2f}"
+        for name, size in sizes.items()
+    )
+    bound = "at least" if memory.activations is None else "at most"
+    return f"{bound} {memory.peak / 1e9:.2f} GB in forwards of {tokens:,} tokens ({parts})"
+
+
 def check_memory(config: Config, folder: Path) -> None:
-    """Raises UserError where a training cannot fit even with one item in a forward."""
-    room = _room(resolve_device(config.device))
-    if room is None or _parameters(folder) is None:
+    """Raises UserError where a training cannot fit, however short its rows are.
+
+    What rows add is known with the data only, and a step is cut where a GPU has no room for it.
+    """
+    room, count = _room(resolve_device(config.device)), _parameters(folder)
+    if room is None or count is None:
         return
-    for name in ("sft", "preference"):
-        memory, tokens = training_memory(config, folder, name, items=1)
-        if memory.peak > room:
-            raise UserError(
-                f"{name} needs {memory.peak / 1e9:.1f} GB of memory with a single item of "
-                f"{tokens:,} tokens, and there are {room / 1e9:.1f}: set "
-                f"{name}.gradient_checkpointing to true, lower {name}.max_length, take a smaller "
-                "model, or preference.reference_cache where the reference is the model's start"
-            )
+    live, size = _runs_a_reference(config.preference), 2 if _is_bf16(config, folder) else 4
+    # Gradients and moments are fp32, and so are the weights behind 16-bit ones.
+    bytes_each = size * (1 + live) + 4 + 8 + (4 if size == 2 else 0)
+    if count * bytes_each > room:
+        cure = "take a smaller model or a larger device"
+        if live and config.preference.reference == "previous":
+            cure += ", or set preference.reference_cache, which spares the reference's copy"
+        raise UserError(
+            f"training takes {count * bytes_each / 1e9:.1f} GB for weights, gradients and"
+            f" optimiser alone, and {room / 1e9:.1f} GB are free: {cure}"
+        )
 
 
-def training_memory(
-    config: Config, folder: Path, name: str, items: int = 0
-) -> tuple[TrainMemory, int]:
-    """The peak of the training `name`, and the tokens of its largest forward; `items` of it, or as
-    many as the configuration says."""
+def _runs_a_reference(train: TrainConfig) -> bool:
+    """Whether a frozen copy is there beside the model."""
+    return isinstance(train, PreferenceConfig) and (
+        train.reference_cache == "none" or train.reference == "fixed"
+    )
+
+
+def training_memory(config: Config, folder: Path, name: str) -> tuple[TrainMemory, int]:
+    """The peak of the training `name` with the longest rows that it takes, and the tokens of its
+    largest forward."""
     model = AutoConfig.from_pretrained(folder)
     train: TrainConfig = getattr(config, name)
     context = int(getattr(model.get_text_config(), "max_position_embeddings", 0) or 2048)
-    longest, forwards = min(train.max_length or context, context), 1
+    longest = min(train.max_length or context, context)
     pairs = isinstance(train, PreferenceConfig)
     response = min(config.sampling.max_new_tokens, longest)
     item = longest + response if pairs else longest
-    if not items:
-        step = train.per_device_train_batch_size
-        items = min(train.micro_batch_size or step, step)
-        if train.micro_batch_tokens:
-            items = max(1, min(items, train.micro_batch_tokens // item))
-        forwards = -(-step // items)
+    step = train.per_device_train_batch_size
+    items = min(train.micro_batch_size or step, step)
+    if train.micro_batch_tokens:
+        items = max(1, min(items, train.micro_batch_tokens // item))
     memory = train_memory(
         model,
         train,
@@ -146,9 +158,8 @@ def training_memory(
         tokens=items * item,
         rows=items * (2 * response if pairs else longest),
         longest=item,
-        forwards=forwards,
-        reference=isinstance(train, PreferenceConfig)
-        and (train.reference_cache == "none" or train.reference == "fixed"),
+        forwards=-(-step // items),
+        reference=_runs_a_reference(train),
     )
     return memory, items * item
 

@@ -37,7 +37,8 @@ class TrainMemory:
     optimizer: int
     """AdamW's moments, and fp32 weights behind 16-bit ones."""
     gradients: int
-    activations: int
+    activations: int | None
+    """None: they could not be measured."""
     head: int
     """Logits of a chunk of rows, and the gradients of head and hidden states."""
     accumulates: bool
@@ -48,7 +49,7 @@ class TrainMemory:
         """The larger of the loss, with all activations, and the update, with all gradients."""
         held = self.weights + self.reference + self.optimizer
         before = self.gradients if self.accumulates else 0
-        return held + max(before + self.activations + self.head, self.gradients)
+        return held + max(before + (self.activations or 0) + self.head, self.gradients)
 
 
 def train_memory(
@@ -81,13 +82,20 @@ def train_memory(
         reference=count * size if reference else 0,
         optimizer=count * (8 + (4 if half else 0)),
         gradients=count * (6 if half else 4),
-        activations=_saved(
+        activations=_activations(
             model, train.gradient_checkpointing, tokens, longest if device.type == "cpu" else 0
         ),
         head=chunk * vocab * logits + vocab * width * (4 + (size if half else 0))
         + rows * width * 4 + tokens * width * size * (3 if reference else 2),
         accumulates=forwards > 1,
     )  # fmt: skip
+
+
+def _activations(model: nn.Module, checkpointing: bool, tokens: int, longest: int) -> int | None:
+    try:
+        return _saved(model, checkpointing, tokens, longest)
+    except Exception:  # a layer that cannot run without data, whatever it raises then
+        return None
 
 
 def _saved(model: nn.Module, checkpointing: bool, tokens: int, longest: int) -> int:
@@ -131,10 +139,6 @@ class _Sized(torch.autograd.Function):
         kept = query.new_empty(heads, tokens, numbers, dtype=torch.float32)
         ctx.save_for_backward(query, key, value, out, kept)
         return out
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        raise NotImplementedError("only forwards are measured")
 
 
 def _sized_attention(

@@ -108,19 +108,23 @@ class MicroBatches:
         return [micro for part in parts for micro in self.split(part)]
 
     def halve(self, step: Sequence[int]) -> None:
-        """Half the tokens from now on, on every rank, since those of `step` were too many for the
-        memory of one.
+        """Half the tokens or fewer from now on, on every rank, since those of `step` were too many
+        for the memory of one; the step has more forwards then.
 
-        Raises UserError when its forwards hold one item each already.
+        Raises UserError when they hold one item each already.
         """
         before = self._of_all_ranks(step)
-        self.max_tokens = max(map(self.tokens, before)) // 2
-        if len(self._of_all_ranks(step)) == len(before) == len(step):
-            longest = max(self.tokens([index]) for index in step)
+        if len(before) == len(step):
+            longest = max(map(self.tokens, before))
             raise UserError(
                 f"out of memory with a single item of {longest} tokens: set gradient_checkpointing"
                 " to true, lower max_length, or train LoRA adapters"
             )
+        # An item may be longer than the limit, and does not move with it.
+        largest = max(map(self.tokens, before))
+        self.max_tokens = min(self.max_tokens or largest, largest)
+        while len(self._of_all_ranks(step)) == len(before):
+            self.max_tokens //= 2
 
     def _of_all_ranks(self, step: Sequence[int]) -> list[list[int]]:
         return [micro for share in self.shares(step) for micro in self.split(share)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,10 @@ from srlm_fast.train.reference import Reference, choose_reference
 from srlm_kernels import linear_preference_loss, losses
 from srlm_kernels.linear_preference_loss import PreferenceLoss
 
+CUT = (
+    "{} sorts the pairs of a forward, and this step has several forwards: its loss is another one"
+    " than the whole step's; leave micro_batch_size and micro_batch_tokens at 0, in one process"
+)
 # These are -log sigmoid(0) where policy and reference are equal, whatever their settings.
 SIGMOID_FAMILY = (losses.dpo, losses.spa, losses.robust, losses.sigmoid_norm)
 
@@ -103,6 +108,8 @@ def train_preference(
         if noise:
             noise.begin_step(step, score, micro_batches.in_order(step_items))
         for indices in micros:
+            if len(indices) < len(step_items) and getattr(loss, "coupled", False):
+                warnings.warn(CUT.format(config.loss_type), stacklevel=2)
             loss_fn = noise.loss() if noise else loss
             result, batch = forward(indices, compared, loss_fn, scale=1 / len(step_items))
             if step == 0 and reference_is_start:

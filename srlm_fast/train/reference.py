@@ -91,7 +91,8 @@ class CachedStates:
             with safe_open(self.folder / name, framework="pt") as file:  # mapped, not read
                 found.append(file.get_slice("states")[start:end])
         rows = torch.cat(found).to(batch.rows.device, non_blocking=True)
-        # Where responses share a prompt its last row occurs twice, with the same states.
+        # Where responses share a prompt its last row occurs twice, with the same states but for
+        # rounding if the two were cached in different batches.
         hidden = rows.new_zeros(batch.input_ids.numel(), rows.shape[1])
         hidden = hidden.index_copy(0, batch.rows, rows)
         return {"ref_hidden": hidden, "ref_weight": self.weight, "ref_bias": self.bias}
@@ -131,7 +132,7 @@ def cache_logps(
     for micro, part in zip(micros, sums, strict=True):
         found[list(micro)] = part
     found = found.to(model.device)
-    return CachedLogps(found, _floor(model, micros[0], collate))
+    return CachedLogps(found, _floor(model, micros, collate))
 
 
 def _sums(model: Any, batch: Batch) -> Tensor:
@@ -145,13 +146,26 @@ def _sums(model: Any, batch: Batch) -> Tensor:
     return sums.to(logp.dtype).view(-1, 2)
 
 
-def _floor(model: Any, micro: Sequence[int], collate: Collate) -> float:
-    """What the company of a batch does to a margin, in nats, measured on `micro`."""
+def _floor(model: Any, micros: Sequence[Sequence[int]], collate: Collate) -> float:
+    """What the company of a batch does to a margin, in nats.
+
+    Some short and some long items are computed together and alone. Roundings of tokens are
+    independent of each other, so their sum grows with the root of their number, up to that of the
+    longest item.
+    """
+    # A micro-batch begins with its shortest item and ends with its longest.
+    size = max(2, max(map(len, micros)))
+    some = micros[:: max(1, 2 * len(micros) // size)]
+    items = list(dict.fromkeys(index for micro in some for index in (micro[-1], micro[0])))[:size]
+    batch = collate(items)
     with inference(model):
-        together = _sums(model, collate(micro))
-        alone = torch.cat([_sums(model, collate([index])) for index in micro])
+        together = _sums(model, batch)
+        alone = torch.cat([_sums(model, collate([index])) for index in items])
+    longest = max(int(collate(micro).cu_seqlens.diff().max()) for micro in micros)
+    lengths = batch.cu_seqlens.diff().view(-1, 2).clamp(min=1)
+    off = (together - alone).abs() * (longest / lengths).sqrt()
     rounding = torch.finfo(together.dtype).eps * float(together.abs().max())
-    return _SLACK * (2 * float((together - alone).abs().max()) + rounding)
+    return _SLACK * (2 * float(off.max()) + rounding)
 
 
 def cache_states(
@@ -185,15 +199,17 @@ def cache_states(
     ranks.barrier()
     head: Head = lm_head(model)
     bias = None if head.bias is None else head.bias.detach().clone()
-    floor = _floor(model, micros[0], collate)
+    floor = _floor(model, micros, collate)
     return CachedStates(folder, place, head.weight.detach().clone(), bias, floor)
 
 
 def _fingerprint(model: Any) -> str:
-    """Of the weights: one that is changed anywhere has another, but for the rarest accident."""
-    state = hashlib.sha256()
+    """Of the weights: one that is changed anywhere has another, but for the rarest accident. Whole
+    numbers, whose sums are the same in any order, and so on any number of threads."""
+    state, whole = hashlib.sha256(), {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     for name, weight in model.state_dict().items():
-        values = weight.detach().double()
-        moments = torch.stack([values.sum(), values.square().sum(), values.flatten()[::7].sum()])
-        state.update(f"{name}{list(weight.shape)}{moments.tolist()}".encode())
+        flat = weight.detach().contiguous().flatten()
+        bits = flat.view(whole[flat.element_size()]).long()
+        sums = torch.stack([bits.sum(), bits.square().sum(), bits[::7].sum(), bits[::11].sum()])
+        state.update(f"{name}{list(weight.shape)}{sums.tolist()}".encode())
     return state.hexdigest()

@@ -65,6 +65,16 @@ def test_two_batches_in_flight_and_backward_after_the_block(
     assert model.config._attn_implementation == "sdpa"
 
 
+def test_a_second_backward_computes_layers_once_more(make_model: Callable[..., Any]) -> None:
+    model = make_model().double()
+    with checkpointed(model):
+        total = loss(model, 0)
+    total.backward(retain_graph=True)
+    once = gradients(model)
+    total.backward()
+    assert all(torch.equal(a, b) for a, b in zip(once, gradients(model), strict=True))
+
+
 def test_layers_keep_only_their_input(make_model: Callable[..., Any]) -> None:
     model = make_model(num_hidden_layers=8)
     kept = []

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from srlm_fast.config import Config, PreferenceConfig, SamplingConfig
 from srlm_fast.errors import UserError
@@ -42,8 +42,8 @@ def test_lines_of_a_dry_run(folder: Path) -> None:
 
 
 def test_what_makes_a_training_smaller(folder: Path) -> None:
-    def peak(items: int = 0, **preference: Any) -> int:
-        return plan.training_memory(config(**preference), folder, "preference", items)[0].peak
+    def peak(**preference: Any) -> int:
+        return plan.training_memory(config(**preference), folder, "preference")[0].peak
 
     whole = peak()
     assert peak(micro_batch_size=1) < whole
@@ -51,18 +51,40 @@ def test_what_makes_a_training_smaller(folder: Path) -> None:
     assert peak(gradient_checkpointing=True) < whole
     assert peak(reference_cache="logps") < whole
     assert peak(reference_cache="logps", reference="fixed") == whole
-    assert peak(items=1) < whole
 
 
-def test_a_run_that_cannot_fit_does_not_start(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
+def test_layers_that_cannot_run_without_data_are_unknown_and_nothing_worse(tmp_path: Path) -> None:
+    """In fp32 on the CPU experts run, but not as tensors without data."""
+    shape = {
+        "vocab_size": 300, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 256,
+        "num_local_experts": 4,
+    }  # fmt: skip
+    MixtralForCausalLM(MixtralConfig(**shape)).save_pretrained(tmp_path)
+    plan.check_memory(config(), tmp_path)
+    text = "\n".join(plan._memory(config(), tmp_path))
+    assert text.count("at most") == 2 or text.count("at least") == 2 == text.count("ons unknown")
+
+
+@pytest.mark.parametrize(
+    ("preference", "cure"),
+    [({}, "reference_cache"), ({"reference_cache": "logps"}, "larger device$")],
+)
+def test_a_run_whose_weights_cannot_fit_does_not_start(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, preference: dict[str, Any], cure: str
 ) -> None:
-    plan.check_memory(config(), folder)
-    monkeypatch.setattr(plan, "_room", lambda device: 1_000_000)
-    with pytest.raises(UserError, match=r"sft needs .* GB .* single item of 256 tokens.*checkpoi"):
-        plan.check_memory(config(), folder)
+    """Rows as long as the context, which no data may have, are no reason."""
+    plan.check_memory(config(**preference), folder)
+    count = plan._parameters(folder)
+    assert count is not None
+    need = count * (20 if not preference else 16)
+    monkeypatch.setattr(plan, "_room", lambda device: need)
+    plan.check_memory(config(**preference), folder)
+    monkeypatch.setattr(plan, "_room", lambda device: need - 1)
+    with pytest.raises(UserError, match=rf"weights, gradients and optimiser alone.*{cure}"):
+        plan.check_memory(config(**preference), folder)
     monkeypatch.setattr(plan, "_room", lambda device: None)
-    plan.check_memory(config(), folder)
+    plan.check_memory(config(**preference), folder)
 
 
 def test_free_memory_is_known_here() -> None:

@@ -71,6 +71,21 @@ def test_gradients_have_no_gradients(problem):
         gradient.sum().backward()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_inputs_and_heads_of_any_stride(problem, dtype):
+    p = problem((20, 24, 300), dtype)
+
+    def run(hidden, weight):
+        hidden, weight = hidden.detach().requires_grad_(), weight.detach().requires_grad_()
+        logp = linear_logp(hidden, weight, p.target, impl="chunked").logp
+        logp.sum().backward()
+        return logp.detach(), hidden.grad, weight.grad
+
+    stepped = [x.repeat_interleave(3, 1)[:, ::3] for x in (p.hidden, p.weight)]
+    for found, plain in zip(run(*stepped), run(p.hidden, p.weight), strict=True):
+        torch.testing.assert_close(found, plain)
+
+
 @pytest.mark.skipif(not native.has("gemm"), reason="a BLAS blocks by the number of rows")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_on_the_cpu_a_row_does_not_depend_on_the_rows_beside_it(problem, dtype):

@@ -1,6 +1,7 @@
 """Which items are trained on, in which order, and which of them share a forward."""
 
 import random
+from itertools import pairwise
 
 import pytest
 
@@ -79,6 +80,17 @@ def test_micro_batches_group_similar_lengths_within_limits():
     assert split(tokens=12) == [[2, 0], [1], [3]]
     assert split(tokens=1) == [[2], [0], [1], [3]], "an item at least"
     assert split("padded", tokens=42) == [[2, 0, 1], [3]], "six rows of seven tokens"
+
+
+def test_halving_cuts_what_it_can_beside_an_item_that_is_longer_than_the_limit():
+    items = [item(5, 5)] * 99 + [item(500, 500)]
+    micros, counts = MicroBatches(items, TrainConfig(), "shared"), []
+    with pytest.raises(UserError, match="out of memory with a single item of 1000 tokens"):
+        for _ in range(20):
+            counts.append(len(micros.split(range(100))))
+            micros.halve(range(100))
+    assert counts[0] == 1 and counts[-1] == 100
+    assert all(a < b for a, b in pairwise(counts))
 
 
 def test_halving_ends_at_single_items():

@@ -257,6 +257,16 @@ def test_every_loss_type_trains(train):
         assert math.isfinite(summary["loss_last"]) and summary["skipped_steps"] == 0
 
 
+@pytest.mark.parametrize("loss_type", ["aot", "aot_unpaired"])
+def test_a_loss_that_sorts_pairs_says_that_a_cut_step_is_another_one(train, loss_type, recwarn):
+    config = replace(CONFIG, loss_type=loss_type)
+    train(config)
+    train(replace(CONFIG, micro_batch_size=2))
+    assert not recwarn.list
+    with pytest.warns(UserWarning, match=f"{loss_type} sorts the pairs of a forward"):
+        train(replace(config, micro_batch_size=2))
+
+
 def test_identical_responses_give_no_gradient_but_are_allowed(train, pairs):
     same = [replace(p, rejected_ids=p.chosen_ids) for p in pairs]
     _, summary, logs = train(data=same)

@@ -60,6 +60,38 @@ def test_the_start_is_within_the_noise_that_was_measured(train, cache, dtype):
 
 
 @pytest.mark.parametrize("cache", ["logps", "states"])
+def test_short_pairs_first_do_not_hide_the_noise_of_long_ones(cache, make_model, pairs, tmp_path):
+    """Padding beside a long row moves the roundings of a short one, and long sums have more."""
+    long = [
+        replace(p, chosen_ids=p.chosen_ids[:5] * 9, rejected_ids=p.rejected_ids[:5] * 8)
+        for p in pairs
+    ]
+    for seed in range(4):
+        model = make_model(seed=seed, dtype=torch.bfloat16)
+        config = replace(CONFIG, reference_cache=cache, layout="padded")
+        train_preference(
+            model, model, [*pairs[:5], *long], config, seed=seed, pad_id=0, log=lambda row: None,
+            cache=tmp_path,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_fingerprint_of_weights_does_not_depend_on_threads(dtype):
+    model, found = torch.nn.Linear(1500, 1500, dtype=dtype), set()  # threads share sums so large
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            found.add(reference._fingerprint(model))
+    finally:
+        torch.set_num_threads(threads)
+    assert len(found) == 1
+    with torch.no_grad():
+        model.weight[3, 2] += 0.5
+    assert reference._fingerprint(model) not in found
+
+
+@pytest.mark.parametrize("cache", ["logps", "states"])
 def test_another_start_is_found(train, cache, make_model, pairs, tmp_path):
     model, other = make_model(), frozen_copy(make_model(seed=1))
     with pytest.raises(RuntimeError, match="margin of the first step is"):

@@ -29,6 +29,7 @@ from srlm_fast.model.load import (
     resolve_device,
     resolve_folder,
 )
+from srlm_fast.parallel import ALONE, Ranks
 from srlm_fast.prompts.task_list import load_task_list
 from srlm_fast.rounds.engine import Engine
 from srlm_fast.rounds.manifest import Run, file_digest
@@ -59,7 +60,7 @@ class Job:
     folder: Path | None
 
 
-def prepare(config: Config) -> Job:
+def prepare(config: Config, ranks: Ranks = ALONE) -> Job:
     """Check all that can be checked before the run starts. Raises UserError."""
     if config.preference.loss_type not in LOSSES:
         known = ", ".join(LOSSES)
@@ -75,6 +76,7 @@ def prepare(config: Config) -> Job:
         if config.prompts.source == "self_instruct":
             load_task_list(config.prompts.template)
     check_trackers(config.report_to)
+    ranks.check_device(config.device)
     resolve_device(config.device)
     if config.model == "sandbox":
         folder, task = None, make_task(config)
@@ -82,7 +84,7 @@ def prepare(config: Config) -> Job:
         folder = resolve_folder(config.model)
         ChatTemplate(load_tokenizer(str(folder)), config.template)
         _check_room(config, check_folder(str(folder)))
-        check_memory(config, folder)
+        check_memory(config, folder, ranks)
         task = task_from_files(config)
     if config.prompts.source == "dataset" and not task.prompts:
         raise UserError("prompts.source is dataset, but there are none; give --data.prompts")
@@ -115,19 +117,24 @@ def _check_room(config: Config, context: int) -> None:
 
 
 def execute(job: Job, run: Run) -> str:
-    """Run (or go on with) a job in its folder; returns the table of its models."""
+    """Run (or go on with) a job in its folder; returns the table of its models.
+
+    All ranks of the run call it and get the same table.
+    """
     config = job.config
     if config.num_threads:
         torch.set_num_threads(config.num_threads)
     folder = job.folder or _sandbox_model(config, run)
     engine = Engine(run, folder)
-    with closing(Trackers(config.report_to, run.folder, asdict(config))) as run.trackers:
+    trackers = config.report_to if run.ranks.main else ()
+    with closing(Trackers(trackers, run.folder, asdict(config))) as run.trackers:
         METHODS[config.method](engine, job.task)
     summary = summarise(run, job.task)
-    write_json(run.folder / "summary.json", summary)
-    for model in summary["models"]:
-        _export(run, model["name"])
-    write_text(run.folder / "report.html", render_report(run.folder))
+    if run.ranks.main:
+        write_json(run.folder / "summary.json", summary)
+        for model in summary["models"]:
+            _export(run, model["name"])
+        write_text(run.folder / "report.html", render_report(run.folder))
     return "\n".join([summary_table(summary), "", *summary["notes"]])
 
 
@@ -143,6 +150,8 @@ def _sandbox_model(config: Config, run: Run) -> Path:
     folder = run.folder / "models" / "M0"
 
     def make() -> dict[str, Any]:
+        if not run.ranks.main:  # there is one folder to fill, and its training is not shared
+            return {}
         cached = make_base_model(config.sandbox, seed=config.seed, num_threads=config.num_threads)
         shutil.rmtree(folder, ignore_errors=True)
         shutil.copytree(cached, folder)

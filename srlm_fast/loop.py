@@ -4,68 +4,126 @@ from __future__ import annotations
 
 import argparse
 import io
+import logging
 import os
+import signal
 import sys
 import time
 import traceback
-from collections.abc import Sequence
-from contextlib import closing
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager, redirect_stdout
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 from srlm_fast.config import Config
 from srlm_fast.errors import UserError
+from srlm_fast.parallel import ALONE, Ranks, start
 from srlm_fast.recipes import load_config, recipe_names, to_yaml
 
 RUNS = Path("runs")
 
 
+@dataclass
+class _Attempt:
+    """How far it came."""
+
+    ranks: Ranks = ALONE
+    folder: Path | None = None  # of the run, once it has started
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a recipe. Exit code 0, 2 for a mistake before the run starts, 1 inside it, 130 Ctrl-C."""
-    args, overrides = _parse(sys.argv[1:] if argv is None else list(argv))
-    started = False
+    """Run a recipe. Exit code 0, 2 for a mistake before the run starts, 1 inside it, 130 Ctrl-C.
+
+    Each of several processes calls it, as `torchrun -m srlm_fast.loop` does; one of them speaks.
+    """
+    words, attempt = sys.argv[1:] if argv is None else list(argv), _Attempt()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a terminal may lack the table's signs
             stream.reconfigure(errors="replace")
     try:
-        folder, config = _open(args, overrides)
-        if args.print_config:
-            print(to_yaml(config), end="")
-            return 0
-        # Heavy imports come late, so that a wrong word on the command line answers at once.
-        from srlm_fast.env import versions
-        from srlm_fast.job import execute, inputs, prepare
-        from srlm_fast.rounds.manifest import Run
-        from srlm_fast.rounds.plan import plan
+        attempt.ranks = start()
+        with _one_voice(attempt.ranks):
+            _run(words, attempt)
+        attempt.ranks.close()
+    except (Exception, KeyboardInterrupt) as error:
+        return _explain(error, attempt, debug="--debug" in words)
+    return 0
 
-        job = prepare(config)
-        if args.dry_run:
-            print(plan(job.config, job.task, job.folder))
-            return 0
-        with closing(Run(folder, config, versions(), inputs(job))) as run:
-            started = True
-            print(execute(job, run))
-        print(f"report: {folder / 'report.html'}")
-        return 0
-    except UserError as error:
-        if args.debug:
-            traceback.print_exc()
-        print(f"srlm_fast: {error}", file=sys.stderr)
-        return 1 if started else 2
-    except Exception as error:
+
+def _run(words: list[str], attempt: _Attempt) -> None:
+    ranks = attempt.ranks
+    args, overrides = _parse(words)
+    # What is found on the disk, and the time in a folder's name, differ from process to process.
+    folder, config = ranks.from_main(_open(args, overrides) if ranks.main else (Path(), Config()))
+    if args.print_config:
+        print(to_yaml(config), end="")
+        return
+    # Heavy imports come late, so that a wrong word on the command line answers at once.
+    from srlm_fast.env import versions
+    from srlm_fast.job import execute, inputs, prepare
+    from srlm_fast.rounds.manifest import Run
+    from srlm_fast.rounds.plan import plan
+
+    job = prepare(config, ranks)
+    if args.dry_run:
+        if ranks.main:
+            print(plan(job.config, job.task, job.folder, ranks))
+        return
+    made_with = {**versions(), "processes": str(ranks.world)}
+    found = inputs(job) if ranks.main else {}
+    with closing(Run(folder, config, made_with, found, ranks)) as run:
+        attempt.folder = folder
+        print(execute(job, run))
+    print(f"report: {folder / 'report.html'}")
+
+
+@contextmanager
+def _one_voice(ranks: Ranks) -> Iterator[None]:
+    """Inside, only the main rank prints, warns and logs: the others would say the same."""
+    if ranks.main:
+        yield
+        return
+    with redirect_stdout(None), warnings.catch_warnings(action="ignore"):
+        before = logging.root.manager.disable
+        logging.disable(logging.WARNING)
+        try:
+            yield
+        finally:
+            logging.disable(before)
+
+
+def _explain(error: BaseException, attempt: _Attempt, *, debug: bool) -> int:
+    """Says in one line, once for all processes, why it ends; the exit code."""
+    code = 1 if attempt.folder else 2
+    if isinstance(error, UserError):
+        text = str(error)
+    elif isinstance(error, KeyboardInterrupt):
+        if attempt.ranks.world > 1:  # Ctrl-C comes from the terminal, and once more from torchrun
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+        text = "stopped" + (f"; go on with --resume --out {attempt.folder}" if code == 1 else "")
+        code, debug = 130, False
+    else:
         # A defect of ours or of the machine (out of memory): one line all the same.
-        if args.debug:
-            traceback.print_exc()
         what = (str(error).strip() or "no message").splitlines()[0]
-        print(f"srlm_fast: {type(error).__name__}: {what} (--debug shows where)", file=sys.stderr)
-        return 1 if started else 2
-    except KeyboardInterrupt:
-        hint = f"; go on with --resume --out {folder}" if started else ""
-        print(f"\nsrlm_fast: stopped{hint}", file=sys.stderr)
-        return 130
+        text = f"{type(error).__name__}: {what} (--debug shows where)"
+    with attempt.ranks.speaker() as first:
+        if first and debug:
+            traceback.print_exception(error)
+        if first:
+            line = "\n" if code == 130 else ""  # behind the terminal's ^C
+            print(f"{line}srlm_fast: {text}", file=sys.stderr, flush=True)
+    return code
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; --help lists the options")
 
 
 def _parse(argv: list[str]) -> tuple[argparse.Namespace, dict[str, str]]:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="python -m srlm_fast.loop",
         description="Self-improving preference training of a causal LM: SRLM or SPA.",
         epilog="Any setting can be given as --dotted.key value; --print-config shows them all.",

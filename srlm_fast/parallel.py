@@ -32,14 +32,16 @@ _NOTHING = object()
 class Ranks:
     """This process (`rank`) among all `world` processes of the run; by default the only one.
 
-    local_rank: its number on its machine, which is that of its GPU. Every method but `share` and
-    `check_device` is collective: all ranks must call it, in the same order.
+    local_rank: its number on its machine, that of its GPU; local_world: how many run there.
+    Every method but `share` and `check_device` is collective: all ranks must call it, in the same
+    order.
     """
 
     rank: int = 0
     world: int = 1
     local_rank: int = 0
     store: Any = field(default=None, repr=False, compare=False)
+    local_world: int = 1
 
     @property
     def main(self) -> bool:
@@ -175,7 +177,8 @@ def start() -> Ranks:
         ) from error
     if cuda and local_rank < torch.cuda.device_count():
         torch.cuda.set_device(local_rank)
-    return Ranks(rank, world, local_rank, dist.PrefixStore("run", store))
+    local_world = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return Ranks(rank, world, local_rank, dist.PrefixStore("run", store), local_world)
 
 
 def _distributed() -> Any:

@@ -1,7 +1,8 @@
 """The one resident model, and the things that run on it.
 
 Sampling, judging and training all use `engine.model`, the same module with the same tensors; a
-stage that trains changes it in place. Only references are other copies.
+stage that trains changes it in place. Only references are other copies. Each of several ranks has
+all of this, computes its share of every stage, and comes to the same results.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from srlm_fast.model.load import (
 from srlm_fast.model.weights import frozen_copy, load_weights, save_model
 from srlm_fast.rounds.manifest import Run
 from srlm_fast.sampler import Sampler, SamplingParams
+from srlm_fast.sampler.sharded import ShardedSampler
 from srlm_fast.train.noise import Refinement
 from srlm_fast.train.preference import train_preference
 from srlm_fast.train.sft import train_sft
@@ -54,7 +56,7 @@ class Engine:
         self.template = ChatTemplate(
             self.tokenizer, self.config.template, eos_token_ids(self.model, self.tokenizer)
         )
-        self.sampler = Sampler(self.model, self.tokenizer, eos_ids=self.template.eos_ids)
+        self.sampler = self._sampler(self.model, eos_ids=self.template.eos_ids)
         self.context = context_length(self.model)
 
     def folder(self, name: str) -> Path:
@@ -77,6 +79,7 @@ class Engine:
                 seed=self.run.seed(name),
                 pad_id=self.template.pad_id,
                 log=self.run.logger(f"train/{name}"),
+                ranks=self.run.ranks,
             )
 
         self._become(name, train)
@@ -114,8 +117,10 @@ class Engine:
                 pad_id=self.template.pad_id,
                 log=self.run.logger(f"train/{name}"),
                 cache=cache,
+                ranks=self.run.ranks,
             )
-            shutil.rmtree(cache, ignore_errors=True)
+            if self.run.ranks.main:
+                shutil.rmtree(cache, ignore_errors=True)
             return summary
 
         self._become(name, train)
@@ -181,7 +186,7 @@ class Engine:
         """SPA's judge: the log-ratio of the resident model to pi_init (eq. 7)."""
         reference = frozen_copy(self.model)
         load_weights(reference, initial)
-        return ImplicitJudge(self.sampler, Sampler(reference, self.tokenizer))
+        return ImplicitJudge(self.sampler, self._sampler(reference))
 
     def gold_pairs(self, rows: Sequence[Preference]) -> list[Pair]:
         """Labelled text as token ids (SPA's seed D)."""
@@ -210,11 +215,17 @@ class Engine:
         def train_and_save() -> dict[str, Any]:
             self.sampler.sleep()  # training wants the memory, and outdates what is cached
             summary = train()
-            save_model(self.model, self.tokenizer, self.folder(name))
+            if self.run.ranks.main:
+                save_model(self.model, self.tokenizer, self.folder(name))
             return summary
 
         self.run.result(stage, train_and_save, made=f"models/{name}")
         return None
+
+    def _sampler(self, model: Any, **options: Any) -> Sampler:
+        if self.run.ranks.world > 1:
+            return ShardedSampler(model, self.tokenizer, ranks=self.run.ranks, **options)
+        return Sampler(model, self.tokenizer, **options)
 
     def _tokens(self, prompt: Prompt, response: str) -> Tokens:
         template = self.template

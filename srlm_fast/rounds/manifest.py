@@ -3,6 +3,9 @@
 A stage writes to a temporary name and renames, and only then enters `manifest.json`; so a run that
 was killed anywhere resumes at its first unfinished stage, and every stage reads its inputs from
 disk exactly as a resumed run would.
+
+Of several ranks only the main one writes. The others make the same rows, wait until it has written
+them, and go on from its files, so the folder must be one that all of them see.
 """
 
 from __future__ import annotations
@@ -15,12 +18,13 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 from srlm_fast.config import Config
 from srlm_fast.data.jsonl import read_jsonl, to_json, write_json, write_jsonl, write_text
 from srlm_fast.data.records import Record
 from srlm_fast.errors import UserError
+from srlm_fast.parallel import ALONE, Ranks
 from srlm_fast.recipes import to_yaml
 from srlm_fast.rounds.trackers import Trackers
 
@@ -38,6 +42,8 @@ class Run:
 
     versions: of this process; the manifest keeps every set that a stage was made with.
     inputs: what else the run reads, file to digest; it must not change while a run is unfinished.
+    ranks: those of the run. With several, opening it, `done`, `records` and `result` are
+    collective, and what is found out about files is the main rank's word.
     Raises UserError when the folder is in use, cannot be written or is not this run's.
     """
 
@@ -47,11 +53,24 @@ class Run:
         config: Config,
         versions: Mapping[str, str],
         inputs: Mapping[str, str] | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.folder = folder
         self.config = config
+        self.ranks = ranks
         self._path = folder / "manifest.json"
+        self._versions = dict(versions)
+        self._lock: IO[str] | None = None
         self.trackers: Trackers | None = None
+        self.manifest: dict[str, Any] = {}
+        if ranks.main:
+            self._open(inputs or {})
+        self.manifest = ranks.from_main(self.manifest)
+        if not self._path.is_file():
+            raise UserError(f"{folder} is not the same folder for all processes; choose --out")
+
+    def _open(self, inputs: Mapping[str, str]) -> None:
+        folder, config = self.folder, self.config
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self._lock = (folder / ".lock").open("w")
@@ -63,7 +82,7 @@ class Run:
             raise UserError(f"{folder} is in use by another run; wait, or choose --out") from error
         identity = {
             "config": hashlib.sha256(to_yaml(config).encode()).hexdigest(),
-            "inputs": dict(inputs or {}),
+            "inputs": dict(inputs),
         }
         if self._path.is_file():
             self.manifest = self._read()
@@ -75,12 +94,12 @@ class Run:
             self.manifest = {**identity, "versions": [], "stages": {}}
             write_text(folder / "config.yaml", to_yaml(config))
             self._save()
-        self._versions = dict(versions)
         self._cut_metrics()
 
     def close(self) -> None:
         """Release the folder."""
-        self._lock.close()
+        if self._lock:
+            self._lock.close()
 
     def seed(self, name: str) -> int:
         """The seed of a stage."""
@@ -88,6 +107,9 @@ class Run:
 
     def done(self, name: str) -> bool:
         """Whether a stage is finished; its files must be as it left them."""
+        return self.ranks.from_main(self.ranks.main and self._is_there(name))
+
+    def _is_there(self, name: str) -> bool:
         stage = self.manifest["stages"].get(name)
         if stage is None:
             return False
@@ -112,9 +134,10 @@ class Run:
         if not self.done(name):
             with self._timed(name) as stage:
                 rows, info = make()
-                write_jsonl(path, rows)
                 stage |= {"rows": len(rows), "info": dict(info)}
-                stage["files"] = {f"{name}.jsonl": file_digest(path)}
+                if self.ranks.main:
+                    write_jsonl(path, rows)
+                    stage["files"] = {f"{name}.jsonl": file_digest(path)}
         return read_jsonl(path, cls)
 
     def result(self, name: str, make: Callable[[], Info], made: str = "") -> dict[str, Any]:
@@ -122,8 +145,9 @@ class Run:
         if not self.done(name):
             with self._timed(name) as stage:
                 stage["info"] = dict(make())
-                files = sorted((self.folder / made).iterdir()) if made else []
-                stage["files"] = {f"{made}/{p.name}": file_digest(p) for p in files}
+                if made and self.ranks.main:
+                    files = sorted((self.folder / made).iterdir())
+                    stage["files"] = {f"{made}/{p.name}": file_digest(p) for p in files}
         return self.info(name)
 
     def logger(self, name: str) -> Callable[[dict[str, float]], None]:
@@ -131,6 +155,8 @@ class Run:
         path = self.folder / "metrics.jsonl"
 
         def log(row: dict[str, float]) -> None:
+            if not self.ranks.main:
+                return
             with path.open("a", encoding="utf-8") as file:
                 file.write(to_json({"stage": name, **row}) + "\n")
             if self.trackers:
@@ -143,7 +169,13 @@ class Run:
         stage: dict[str, Any] = {"files": {}, "info": {}}
         start = time.perf_counter()
         yield stage
-        stage["seconds"] = round(time.perf_counter() - start, 3)
+        if self.ranks.main:
+            self._enter(name, stage, time.perf_counter() - start)
+        self.manifest = self.ranks.from_main(self.manifest)  # the others wait here for the files
+
+    def _enter(self, name: str, stage: dict[str, Any], seconds: float) -> None:
+        """Makes `stage`, whose files are written, a finished one."""
+        stage["seconds"] = round(seconds, 3)
         metrics = self.folder / "metrics.jsonl"
         stage["metrics_bytes"] = metrics.stat().st_size if metrics.exists() else 0
         self.manifest["stages"][name] = stage

@@ -15,16 +15,20 @@ from srlm_fast.data.task import Task
 from srlm_fast.env import OPS, SAMPLER_OPS, sampler_backend
 from srlm_fast.errors import UserError
 from srlm_fast.model.load import resolve_device
+from srlm_fast.parallel import ALONE, Ranks
 from srlm_fast.train.memory import TrainMemory, train_memory
 from srlm_kernels import explain
 
 
-def plan(config: Config, task: Task, folder: Path | None) -> str:
+def plan(config: Config, task: Task, folder: Path | None, ranks: Ranks = ALONE) -> str:
     """The plan of a run as text; nothing is loaded or sampled for it."""
-    lines = [f"method {config.method}, task {task.name}, {config.rounds} rounds", "", "stages"]
+    lines = [f"method {config.method}, task {task.name}, {config.rounds} rounds"]
+    if ranks.world > 1:
+        lines.append(f"{ranks.world} processes, each with the whole model and its optimiser")
+    lines += ["", "stages"]
     lines += [f"  {name:<28} {what}" for name, what in _stages(config, task)]
-    lines += ["", "memory"]
-    lines += [f"  {line}" for line in _memory(config, folder)]
+    lines += ["", "memory" if ranks.world == 1 else "memory of each process"]
+    lines += [f"  {line}" for line in _memory(config, folder, ranks)]
     lines += ["", "backends"]
     lines += [f"  {explain(op)}" for op in OPS]
     lines += [f"  sampler: pages of KV memory; {SAMPLER_OPS} in {sampler_backend()}"]
@@ -75,7 +79,7 @@ def _eft(config: Config, task: Task) -> str:
     return f"{len(task.eft)} ranked groups, {config.eft.max_tries} tries at most"
 
 
-def _memory(config: Config, folder: Path | None) -> list[str]:
+def _memory(config: Config, folder: Path | None, ranks: Ranks = ALONE) -> list[str]:
     """Of the phases of a run, where every row is as long as it may be."""
     if folder is None:
         return ["under 0.1 GB: the sandbox's model has 0.8M parameters"]
@@ -88,7 +92,7 @@ def _memory(config: Config, folder: Path | None) -> list[str]:
         f"sampling and judging {count * (2 if bf16 else 4) / 1e9:.2f} GB, plus keys and values",
     ]
     for name, train in (("sft", config.sft), ("preference", config.preference)):
-        lines.append(f"{name}: {_peak(*training_memory(config, folder, name))}")
+        lines.append(f"{name}: {_peak(*training_memory(config, folder, name, ranks))}")
         if isinstance(train, PreferenceConfig) and train.reference_cache == "states":
             width = AutoConfig.from_pretrained(folder).get_text_config().hidden_size
             rows = 2 * config.prompts.num_prompts * config.sampling.max_new_tokens
@@ -108,14 +112,17 @@ def _peak(memory: TrainMemory, tokens: int) -> str:
     return f"{bound} {memory.peak / 1e9:.2f} GB in forwards of {tokens:,} tokens ({parts})"
 
 
-def check_memory(config: Config, folder: Path) -> None:
+def check_memory(config: Config, folder: Path, ranks: Ranks = ALONE) -> None:
     """Raises UserError where a training cannot fit, however short its rows are.
 
     What rows add is known with the data only, and a step is cut where a GPU has no room for it.
     """
-    room, count = _room(resolve_device(config.device)), _parameters(folder)
+    device = resolve_device(config.device)
+    room, count = _room(device), _parameters(folder)
     if room is None or count is None:
         return
+    if device.type == "cpu":  # of which the processes of a machine take a copy each
+        room //= ranks.local_world
     live, size = _runs_a_reference(config.preference), 2 if _is_bf16(config, folder) else 4
     # Gradients and moments are fp32, and so are the weights behind 16-bit ones.
     bytes_each = size * (1 + live) + 4 + 8 + (4 if size == 2 else 0)
@@ -136,9 +143,11 @@ def _runs_a_reference(train: TrainConfig) -> bool:
     )
 
 
-def training_memory(config: Config, folder: Path, name: str) -> tuple[TrainMemory, int]:
-    """The peak of the training `name` with the longest rows that it takes, and the tokens of its
-    largest forward."""
+def training_memory(
+    config: Config, folder: Path, name: str, ranks: Ranks = ALONE
+) -> tuple[TrainMemory, int]:
+    """The peak of the training `name` on one of `ranks` with the longest rows that it takes, and
+    the tokens of its largest forward."""
     model = AutoConfig.from_pretrained(folder)
     train: TrainConfig = getattr(config, name)
     context = int(getattr(model.get_text_config(), "max_position_embeddings", 0) or 2048)
@@ -146,7 +155,7 @@ def training_memory(config: Config, folder: Path, name: str) -> tuple[TrainMemor
     pairs = isinstance(train, PreferenceConfig)
     response = min(config.sampling.max_new_tokens, longest)
     item = longest + response if pairs else longest
-    step = train.per_device_train_batch_size
+    step = -(-train.per_device_train_batch_size // ranks.world)
     items = min(train.micro_batch_size or step, step)
     if train.micro_batch_tokens:
         items = max(1, min(items, train.micro_batch_tokens // item))

@@ -57,7 +57,10 @@ def _notes(run: Run, task: Task) -> list[str]:
             f"of {run.config.sandbox.min_exact:g}: expect weaker rounds."
         )
     if len(run.manifest["versions"]) > 1:
-        notes.append("The run was resumed with other library versions; manifest.json lists them.")
+        notes.append(
+            "The run was resumed with other library versions or another number of processes; "
+            "manifest.json lists them."
+        )
     if run.config.preference.reference == "fixed":
         notes.append("The reference is fixed, so margins do not start at 0; that check is off.")
     if task.dropped:

@@ -21,14 +21,16 @@ from srlm_fast.sampler.batching import pages_of
 from srlm_fast.sampler.decode import Rules
 from srlm_fast.sampler.fallback import FallbackEngine
 from srlm_fast.sampler.paged import PagedEngine
-from srlm_fast.sampler.params import Output, SamplingParams
+from srlm_fast.sampler.params import Completion, Output, SamplingParams
 from srlm_fast.sampler.progress import Meter, bar_of
 from srlm_fast.sampler.rows import Row, completion, most_pages, row_seed
+from srlm_fast.sampler.scoring import Groups, Ids, Scores
 from srlm_fast.sampler.stops import Stops
 from srlm_kernels.tree_attention import PAGE
 
 # Token ids, a text, or messages (role, content) that the tokenizer's chat template renders.
 AnyPrompt = Sequence[int] | str | Sequence[tuple[str, str]]
+Asked = tuple[tuple[int, ...], SamplingParams]  # prompt ids, and how to continue them
 _LOG = getLogger("srlm_fast.sampler")
 _IMPLS = ("auto", "paged", "reference", "fallback")
 
@@ -90,18 +92,10 @@ class Sampler:
         for p in dict.fromkeys(each):
             self._check_ids(list(p.logit_bias or ()), "logit_bias")
             self._check_ids(p.stop_token_ids, "stop_token_ids")
-        asked = {
-            (tuple(prompt), p): self._rows(tuple(prompt), p)
-            for prompt, p in zip(ids, each, strict=True)
-        }
-        rows = [row for group in asked.values() for row in group]
-        with bar_of(progress, len(rows), "seq") as bar:
-            for batch in _by_rules(rows):
-                self._run(batch, Meter(bar))
-        return [
-            Output(prompt, [completion(row) for row in asked[tuple(prompt), p]])
-            for prompt, p in zip(ids, each, strict=True)
-        ]
+        asked = [(tuple(prompt), p) for prompt, p in zip(ids, each, strict=True)]
+        unique = list(dict.fromkeys(asked))
+        found = dict(zip(unique, self._generate(unique, progress), strict=True))
+        return [Output(list(prompt), [c.copy() for c in found[prompt, p]]) for prompt, p in asked]
 
     def score(
         self,
@@ -119,9 +113,7 @@ class Sampler:
             self._check_row(row, prompt, max(map(len, group), default=0))
             for ids in group:
                 self._check_ids(ids, f"a completion of prompt {row}")
-        total = sum(len(ids) for group in completions for ids in group)
-        with bar_of(progress, total, "tok") as bar:
-            return self._engine.score(prompts, completions, bar)
+        return self._score(prompts, completions, progress)
 
     def next_logprobs(self, prompts: Sequence[Sequence[int]], token_ids: Sequence[int]) -> Tensor:
         """[P, K] float32 CPU: raw log-probability of each of `token_ids` to follow each prompt."""
@@ -131,13 +123,33 @@ class Sampler:
         if not prompts:
             return torch.empty(0, len(token_ids), dtype=torch.float32)
         unique = list(dict.fromkeys(map(tuple, prompts)))
-        logps = self._engine.next_logprobs(unique, token_ids)
+        logps = self._next_logprobs(unique, token_ids)
         place = {prompt: i for i, prompt in enumerate(unique)}
         return logps[[place[tuple(prompt)] for prompt in prompts]]
 
     def sleep(self) -> None:
         """Frees the KV memory, and with it what is kept of earlier prompts."""
         self._engine.sleep()
+
+    # What is left once a call is checked, and what `ShardedSampler` shares among ranks.
+
+    def _generate(self, asked: Sequence[Asked], progress: str) -> list[list[Completion]]:
+        """The candidates of each of `asked`, which differ."""
+        groups = [self._rows(prompt, params) for prompt, params in asked]
+        rows = [row for group in groups for row in group]
+        with bar_of(progress, len(rows), "seq") as bar:
+            for batch in _by_rules(rows):
+                self._run(batch, Meter(bar))
+        return [[completion(row) for row in group] for group in groups]
+
+    def _score(self, prompts: Sequence[Ids], completions: Groups, progress: str) -> Scores:
+        total = sum(len(ids) for group in completions for ids in group)
+        with bar_of(progress, total, "tok") as bar:
+            return self._engine.score(prompts, completions, bar)
+
+    def _next_logprobs(self, prompts: Sequence[tuple[int, ...]], token_ids: Ids) -> Tensor:
+        """[P, K] of `prompts`, which differ."""
+        return self._engine.next_logprobs(prompts, token_ids)
 
     def _rows(self, prompt: tuple[int, ...], params: SamplingParams) -> list[Row]:
         stops = Stops(params, self.eos_ids, self.tokenizer)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 
@@ -78,6 +78,16 @@ class Completion:
     sample_logprobs: list[float]
     kept_mass: list[float]
     seed: int  # of this row's random stream
+
+    def copy(self) -> Completion:
+        """The same, with lists of its own."""
+        return replace(
+            self,
+            token_ids=list(self.token_ids),
+            logprobs=list(self.logprobs),
+            sample_logprobs=list(self.sample_logprobs),
+            kept_mass=list(self.kept_mass),
+        )
 
 
 @dataclass(frozen=True)

@@ -97,13 +97,16 @@ def _one_voice(ranks: Ranks) -> Iterator[None]:
 def _explain(error: BaseException, attempt: _Attempt, *, debug: bool) -> int:
     """Says in one line, once for all processes, why it ends; the exit code."""
     code = 1 if attempt.folder else 2
+    hint = f"; go on with --resume --out {attempt.folder}" if attempt.folder else ""
     if isinstance(error, UserError):
         text = str(error)
     elif isinstance(error, KeyboardInterrupt):
         if attempt.ranks.world > 1:  # Ctrl-C comes from the terminal, and once more from torchrun
             signal.signal(signal.SIGINT, signal.SIG_IGN)
-        text = "stopped" + (f"; go on with --resume --out {attempt.folder}" if code == 1 else "")
-        code, debug = 130, False
+        text, code, debug = f"stopped{hint}", 130, False
+    elif attempt.ranks.world > 1 and "gloo" in str(error):
+        # If it had said why, this would not be said.
+        text = f"another process ended without a word: was it killed, or out of memory?{hint}"
     else:
         # A defect of ours or of the machine (out of memory): one line all the same.
         what = (str(error).strip() or "no message").splitlines()[0]

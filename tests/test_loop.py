@@ -57,6 +57,8 @@ def test_dry_run_starts_nothing(capsys: pytest.CaptureFixture[str], tmp_path: Pa
         (["--samplng.top_p", "0.1"], "did you mean sampling?"),
         (["--rounds", "many"], "rounds must be a whole number"),
         (["--rounds", "0"], "rounds"),
+        (["--rounds"], "--rounds needs a value"),
+        (["many"], "'many' is not an option"),
         (["--preference.loss_type", "sigmoidd"], "sigmoid"),
         (["--judge.prompt", "additiv"], "additive"),
         (["--recipe", "spa"], "needs --model"),

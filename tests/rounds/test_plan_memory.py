@@ -10,6 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralFo
 
 from srlm_fast.config import Config, PreferenceConfig, SamplingConfig
 from srlm_fast.errors import UserError
+from srlm_fast.parallel import Ranks
 from srlm_fast.rounds import plan
 
 
@@ -46,6 +47,8 @@ def test_what_makes_a_training_smaller(folder: Path) -> None:
         return plan.training_memory(config(**preference), folder, "preference")[0].peak
 
     whole = peak()
+    shared = plan.training_memory(config(), folder, "preference", Ranks(0, 4))
+    assert shared[0].peak < whole
     assert peak(micro_batch_size=1) < whole
     assert peak(micro_batch_tokens=400) < peak(micro_batch_tokens=800) < whole
     assert peak(gradient_checkpointing=True) < whole
@@ -83,6 +86,12 @@ def test_a_run_whose_weights_cannot_fit_does_not_start(
     monkeypatch.setattr(plan, "_room", lambda device: need - 1)
     with pytest.raises(UserError, match=rf"weights, gradients and optimiser alone.*{cure}"):
         plan.check_memory(config(**preference), folder)
+    both = Ranks(0, 2, local_world=2)  # a copy each, in the same memory
+    monkeypatch.setattr(plan, "_room", lambda device: 2 * need)
+    plan.check_memory(config(**preference), folder, both)
+    monkeypatch.setattr(plan, "_room", lambda device: 2 * need - 1)
+    with pytest.raises(UserError, match="alone"):
+        plan.check_memory(config(**preference), folder, both)
     monkeypatch.setattr(plan, "_room", lambda device: None)
     plan.check_memory(config(**preference), folder)
 

@@ -61,6 +61,13 @@ def skewed(rank: int) -> None:
     time.strftime = lambda *_: f"as-rank-{rank}-says"  # type: ignore[assignment]
 
 
+def elsewhere(rank: int) -> None:
+    """As on two machines that share no disk."""
+    folder = Path(f"machine-{rank}")
+    folder.mkdir()
+    os.chdir(folder)
+
+
 def on_all(stage: str, act: Callable[[], None]) -> Callable[[int], None]:
     return lambda rank: at_first_row(stage, act)
 
@@ -92,6 +99,7 @@ def script() -> None:
     run("lost", 2, words("lost"), on_one("train/SFT", kill))
     run("stopped", 2, words("stopped"), on_all("train/SFT", interrupt))
     run("stopped-by-one", 2, words("stopped-by-one"), on_one("train/SFT", interrupt))
+    run("apart", 2, words("apart"), elsewhere)
     Path("codes.json").write_text(json.dumps(codes))
 
 
@@ -204,6 +212,13 @@ def test_a_rank_that_is_lost_ends_the_other(runs: Path) -> None:
 def test_ctrl_c(name: str, runs: Path) -> None:
     assert 130 in codes(runs, name) and 0 not in codes(runs, name)
     assert said(runs, name) == [f"srlm_fast: stopped; go on with --resume --out {name}"]
+
+
+def test_ranks_that_see_different_folders(runs: Path) -> None:
+    assert 0 not in codes(runs, "apart")
+    assert said(runs, "apart") == [
+        "srlm_fast: apart is not the same folder for all processes; choose --out"
+    ]
 
 
 def test_torchrun(tmp_path: Path) -> None:

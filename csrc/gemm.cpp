@@ -19,6 +19,7 @@ namespace {
 // words of one depth lie side by side.
 constexpr int64_t kRows = 8, kColumns = 2 * kLanes;
 constexpr int64_t kBlockColumns = 128, kMostBlockRows = 512;
+constexpr int64_t kMostStrips = 512;  // of a, 16 KB each
 using Strip = Words[kPart];
 
 // Any matrix of which rows or columns are contiguous, as its rows or columns ("lines") are packed.
@@ -29,27 +30,30 @@ struct Lines {
   const T* at(int64_t i, int64_t k) const { return data + i * line + k * step; }
 };
 
-// `count` elements and zeros.
-template <class T>
+// `count` elements and zeros, as words of W: the elements' own type, or float for bf16.
+template <class W, class T>
 Words load_words(const T* from, int64_t count) {
+  count = std::max<int64_t>(count, 0);
+  if constexpr (sizeof(W) != sizeof(T)) return (Words)load(from, count);
   Words x{};
-  std::memcpy(&x, from, std::max<int64_t>(count, 0) * sizeof(T));
+  std::memcpy(&x, from, count * sizeof(T));
   return x;
 }
 
 // Of lines that are contiguous: whole words of up to sixteen of them, transposed.
-template <class T>
+template <class W, class T>
 void pack_along(Strip& strip, const Lines<T>& from, int64_t first, int64_t lines, int64_t begin,
                 int64_t end) {
-  constexpr int64_t kStep = kLanes * kPerWord<T>;
+  constexpr int64_t kStep = kLanes * kPerWord<W>;
   Words* to = strip;
   for (int64_t k = begin; k < end; k += kStep, to += kLanes) {
     Tile tile;
     if (lines == kLanes && end - k >= kStep) {
-      for (int64_t i = 0; i < kLanes; ++i) tile[i] = load_words(from.at(first + i, k), kStep);
+      for (int64_t i = 0; i < kLanes; ++i) tile[i] = load_words<W>(from.at(first + i, k), kStep);
     } else {
+      const int64_t count = std::min(end - k, kStep);
       for (int64_t i = 0; i < kLanes; ++i)
-        tile[i] = i < lines ? load_words(from.at(first + i, k), std::min(end - k, kStep)) : Words{};
+        tile[i] = i < lines ? load_words<W>(from.at(first + i, k), count) : Words{};
     }
     transpose(tile);
     std::copy(tile, tile + kLanes, to);
@@ -57,33 +61,31 @@ void pack_along(Strip& strip, const Lines<T>& from, int64_t first, int64_t lines
 }
 
 // Of lines that lie side by side.
-inline Words across(const Lines<float>& from, int64_t first, int64_t lines, int64_t k, int64_t) {
-  return load_words(from.at(first, k), lines);
-}
-inline Words across(const Lines<BFloat16>& from, int64_t first, int64_t lines, int64_t k,
-                    int64_t end) {
+template <class W, class T>
+Words across(const Lines<T>& from, int64_t first, int64_t lines, int64_t k, int64_t end) {
+  if constexpr (kPerWord<W> == 1) return load_words<W>(from.at(first, k), lines);
   Halves low{}, high{};
   std::memcpy(&low, from.at(first, k), lines * sizeof(BFloat16));
   if (k + 1 < end) std::memcpy(&high, from.at(first, k + 1), lines * sizeof(BFloat16));
   return __builtin_convertvector(low, Words) | __builtin_convertvector(high, Words) << 16;
 }
-template <class T>
+template <class W, class T>
 void pack_across(Strip& strip, const Lines<T>& from, int64_t first, int64_t lines, int64_t begin,
                  int64_t end) {
   Words* to = strip;
-  for (int64_t k = begin; k < end; k += kPerWord<T>)
-    *to++ = lines == kLanes ? across(from, first, kLanes, k, end)
-                            : across(from, first, lines, k, end);
+  for (int64_t k = begin; k < end; k += kPerWord<W>)
+    *to++ = lines == kLanes ? across<W>(from, first, kLanes, k, end)
+                            : across<W>(from, first, lines, k, end);
 }
 
 // Lines `first` to `last`, depth `begin` to `end`, which is one part or less.
-template <class T>
+template <class W, class T>
 void pack(Strip* strips, const Lines<T>& from, int64_t first, int64_t last, int64_t begin,
           int64_t end) {
   for (; first < last; first += kLanes, ++strips) {
     const int64_t lines = std::min(last - first, kLanes);
-    if (from.step == 1) pack_along(*strips, from, first, lines, begin, end);
-    else pack_across(*strips, from, first, lines, begin, end);
+    if (from.step == 1) pack_along<W>(*strips, from, first, lines, begin, end);
+    else pack_across<W>(*strips, from, first, lines, begin, end);
   }
 }
 
@@ -102,7 +104,7 @@ void fetch_early(const Lines<T>& from, int64_t first, int64_t last, int64_t begi
 }
 
 // sums = a b, or sums += a b, for eight lines of a strip of a and two strips of b.
-template <class T>
+template <class W>
 [[gnu::noinline]] void multiply(const uint32_t* a, const Strip* b, int64_t words, bool first,
                                 float* to, int64_t stride) {
   Floats sums[kRows][2]{};
@@ -112,11 +114,13 @@ template <class T>
 #pragma GCC unroll 8
     for (int64_t i = 0; i < kRows; ++i) {
       const Words x = splat(a[k * kLanes + i]);
-      sums[i][0] = add_products<T>(sums[i][0], x, left);
-      sums[i][1] = add_products<T>(sums[i][1], x, right);
+      sums[i][0] = add_products<W>(sums[i][0], x, left);
+      sums[i][1] = add_products<W>(sums[i][1], x, right);
     }
   }
+#pragma GCC unroll 8
   for (int64_t i = 0; i < kRows; ++i)
+#pragma GCC unroll 2
     for (int64_t v = 0; v < 2; ++v) {
       float* const out = to + i * stride + v * kLanes;
       store(out, first ? sums[i][v] : load(out, kLanes) + sums[i][v], kLanes);
@@ -129,46 +133,51 @@ struct Product {
   int64_t rows, columns, depth;
 };
 
-// What one thread works in, and which lines of operands of a single part are packed there.
+// What one thread works in: rows of a at their whole depth, which serve block after block, one part
+// of columns of b, and the sums of a block.
 struct Memory {
+  int64_t strips;  // of a part of a
   std::unique_ptr<Strip[]> a, b;
   std::unique_ptr<float[]> sums;
-  int64_t row = -1, column = -1;
-  explicit Memory(int64_t block_rows)
-      : a(new Strip[block_rows / kLanes]),
+  int64_t row = -1;
+  Memory(int64_t block_rows, int64_t parts)
+      : strips(block_rows / kLanes),
+        a(new Strip[strips * parts]),
         b(new Strip[kBlockColumns / kLanes]),
         sums(new float[block_rows * kBlockColumns]) {}
 };
 
-template <class T>
+template <class W>
+constexpr int64_t kDepth = kPart * kPerWord<W>;  // of a part
+
+template <class W, class T>
 void sum_block(const Product<T>& p, int64_t row, int64_t last_row, int64_t column,
                int64_t last_column, Memory& memory) {
-  constexpr int64_t kDepth = kPart * kPerWord<T>;
+  Strip* a = memory.a.get();
   int64_t begin = 0;
   do {
-    const int64_t end = std::min(begin + kDepth, p.depth);
-    const int64_t words = (end - begin + kPerWord<T> - 1) / kPerWord<T>;
-    const bool whole = p.depth <= kDepth;
-    if (!whole || memory.row != row) pack(memory.a.get(), p.a, row, last_row, begin, end);
-    if (!whole || memory.column != column)
-      pack(memory.b.get(), p.b, column, last_column, begin, end);
-    memory.row = row;
-    memory.column = column;
-    const bool next_columns = last_column < p.columns;
+    const int64_t end = std::min(begin + kDepth<W>, p.depth);
+    const int64_t words = (end - begin + kPerWord<W> - 1) / kPerWord<W>;
+    if (memory.row != row) pack<W>(a, p.a, row, last_row, begin, end);
+    pack<W>(memory.b.get(), p.b, column, last_column, begin, end);
+    // What is packed next: the next part of these columns, or the first of the next ones.
+    const bool last = end == p.depth;
+    const int64_t next = last ? last_column : column, next_begin = last ? 0 : end;
+    const int64_t next_end = std::min(next_begin + kDepth<W>, p.depth);
     for (int64_t j = 0; j < last_column - column; j += kColumns) {
-      if (next_columns)
-        fetch_early(p.b, std::min(last_column + j, p.columns),
-                    std::min(last_column + j + kColumns, p.columns), begin, end);
-      for (int64_t i = 0; i < last_row - row; i += kRows) {
-        const auto* const a = reinterpret_cast<const uint32_t*>(memory.a[i / kLanes]) + i % kLanes;
-        multiply<T>(a, &memory.b[j / kLanes], words, begin == 0,
+      fetch_early(p.b, std::min(next + j, p.columns), std::min(next + j + kColumns, p.columns),
+                  next_begin, next_end);
+      for (int64_t i = 0; i < last_row - row; i += kRows)
+        multiply<W>(reinterpret_cast<const uint32_t*>(a[i / kLanes]) + i % kLanes,
+                    &memory.b[j / kLanes], words, begin == 0,
                     &memory.sums[i * kBlockColumns + j], kBlockColumns);
-      }
     }
-  } while ((begin += kDepth) < p.depth);
+    a += memory.strips;
+  } while ((begin += kDepth<W>) < p.depth);
+  memory.row = row;
 }
 
-template <class T, class Out>
+template <class W, class T, class Out>
 void gemm(const Tensor& out, const Product<T>& p, bool add) {
   const auto to = rows_of<Out>(out);
   const int64_t across = (p.columns + kBlockColumns - 1) / kBlockColumns;
@@ -176,14 +185,16 @@ void gemm(const Tensor& out, const Product<T>& p, bool add) {
   const int64_t threads = torch::stable::get_num_threads();
   int64_t block_rows = kMostBlockRows;
   while (block_rows > 2 * kLanes && p.rows * across < 2 * threads * block_rows) block_rows /= 2;
+  const int64_t parts = std::max<int64_t>((p.depth + kDepth<W> - 1) / kDepth<W>, 1);
+  while (block_rows > 4 * kLanes && block_rows / kLanes * parts > kMostStrips) block_rows /= 2;
   const int64_t blocks = (p.rows + block_rows - 1) / block_rows * across;
   torch::stable::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
-    Memory memory(block_rows);
+    Memory memory(block_rows, parts);
     for (int64_t block = begin; block < end; ++block) {
       const int64_t row = block / across * block_rows, column = block % across * kBlockColumns;
       const int64_t last_row = std::min(row + block_rows, p.rows);
       const int64_t last_column = std::min(column + kBlockColumns, p.columns);
-      sum_block(p, row, last_row, column, last_column, memory);
+      sum_block<W>(p, row, last_row, column, last_column, memory);
       for (int64_t i = row; i < last_row; ++i) {
         const float* const sums = &memory.sums[(i - row) * kBlockColumns];
         Out* const here = to[i] + column;
@@ -201,11 +212,22 @@ Lines<T> lines_of(const Tensor& x, int64_t dim) {
   return {static_cast<const T*>(x.data_ptr()), x.stride(dim), x.stride(1 - dim)};
 }
 
-template <class T>
+template <class W, class T>
 void run(const Tensor& out, const Tensor& a, const Tensor& b, bool add) {
   const Product<T> p{lines_of<T>(a, 0), lines_of<T>(b, 1), a.size(0), b.size(1), a.size(1)};
-  if (out.scalar_type() == ScalarType::Float) gemm<T, float>(out, p, add);
-  else gemm<T, BFloat16>(out, p, add);
+  if (out.scalar_type() == ScalarType::Float) gemm<W, T, float>(out, p, add);
+  else gemm<W, T, BFloat16>(out, p, add);
+}
+
+// Whether products of bf16 in pairs take fewer cycles than those of floats: on Intel's cores, which
+// mean matrices of bf16 for AMX, they take more.
+bool pairs_are_fast() {
+#ifdef __AVX512BF16__
+  __builtin_cpu_init();
+  return !__builtin_cpu_is("intel");
+#else
+  return false;
+#endif
 }
 
 void check(const Tensor& x) {
@@ -227,8 +249,9 @@ void gemm_op(const Tensor& out, const Tensor& a, const Tensor& b, bool add) {
                   "shapes must be [M, N] for [M, K] and [K, N]");
   STD_TORCH_CHECK(out.size(1) < 2 || out.stride(1) == 1, "out must have unit column stride");
   if (out.size(0) == 0 || out.size(1) == 0) return;
-  if (dtype == ScalarType::Float) run<float>(out, a, b, add);
-  else run<BFloat16>(out, a, b, add);
+  if (dtype == ScalarType::Float) run<float, float>(out, a, b, add);
+  else if (pairs_are_fast()) run<BFloat16, BFloat16>(out, a, b, add);
+  else run<float, BFloat16>(out, a, b, add);
 }
 
 }  // namespace

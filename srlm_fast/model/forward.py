@@ -47,8 +47,9 @@ class Head:
 def lm_head(model: Any) -> Head:
     """The head of `model`, with the scale and softcap that its family applies to the logits.
 
-    `logit_scale` (Cohere) and `lm_head_multiplier` (Falcon-H1) multiply, `logits_scaling` (Granite)
-    divides, `final_logit_softcapping` (Gemma) caps.
+    `logit_scale` (Cohere), `output_multiplier` (Muse) and `lm_head_multiplier` (Falcon-H1)
+    multiply, `logits_scaling` divides (Granite) or multiplies (HyperCLOVA X), and
+    `final_logit_softcapping` (Gemma) caps.
 
     Raises UserError while adapters are on in the head itself: they are no part of its weight.
     """
@@ -58,13 +59,15 @@ def lm_head(model: Any) -> Head:
             "the language-model head has LoRA adapters of its own, which are not supported; leave"
             " it out of target_modules, train it whole (modules_to_save), or merge the adapters"
         )
-    scale = getattr(config, "logit_scale", None) or getattr(config, "lm_head_multiplier", None)
-    divisor = getattr(config, "logits_scaling", None)
+    names = ("logit_scale", "output_multiplier", "lm_head_multiplier")
+    scale = next((x for name in names if (x := getattr(config, name, None)) is not None), 1.0)
+    if divisor := getattr(config, "logits_scaling", None):
+        scale = scale * divisor if config.model_type == "hyperclovax" else scale / divisor
     return Head(
         weight=layer.weight,
         bias=getattr(layer, "bias", None),
         softcap=getattr(config, "final_logit_softcapping", None),
-        logit_scale=float(scale or 1.0) / float(divisor or 1.0),
+        logit_scale=float(scale),
     )
 
 

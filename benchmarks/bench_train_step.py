@@ -3,8 +3,9 @@
 python -m benchmarks --suite cpu --only train_step
 
 Ours is the whole of `train_preference` for one step, with its self-test and a new optimiser; TRL's
-is the bare loss, backward and AdamW of its DPOTrainer. The rate is so small that no weight moves,
-so that every call computes the same.
+is the bare loss, backward and AdamW of its DPOTrainer: as it is, with our head (`accelerate`) and
+as `SrlmDPOTrainer`. The rate is so small that no weight moves, so that every call computes the
+same.
 """
 
 from __future__ import annotations
@@ -68,7 +69,11 @@ def _case(model: str, device: str, dtype: str, pairs: int, prompt: int, response
         "ours, padded": Variant(partial(_ours, replace(ours, layout="padded"), None)),
     }
     if device == "cpu":
-        variants["TRL"] = Variant(_trl)
+        variants |= {
+            "TRL": Variant(partial(_trl, "plain")),
+            "TRL, accelerated": Variant(partial(_trl, "accelerated")),
+            "TRL, SrlmDPOTrainer": Variant(partial(_trl, "packed")),
+        }
     return Case(
         op="train_step",
         name=f"{pairs} pairs of {prompt} + 2 x {response} tokens, {model}, {dtype}",
@@ -119,10 +124,11 @@ def _ours(config: PreferenceConfig, refine: Refinement | None, inputs: Inputs) -
     return call
 
 
-def _trl(inputs: Inputs) -> Call:
+def _trl(way: str, inputs: Inputs) -> Call:
     trainer, batch = trl_trainer(
-        inputs.policy, inputs.reference, inputs.pairs, beta=CONFIG.beta, learning_rate=RATE
-    )
+        inputs.policy, inputs.reference, inputs.pairs, way=way, beta=CONFIG.beta,
+        learning_rate=RATE,
+    )  # fmt: skip
     optimizer = trainer.create_optimizer()
 
     def call() -> Outputs:

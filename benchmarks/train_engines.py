@@ -46,12 +46,21 @@ def random_pairs(count: int, prompt: int, response: int, vocab: int, seed: int =
 
 
 def trl_trainer(
-    policy: PreTrainedModel, reference: PreTrainedModel, pairs: Sequence[Pair], **options: Any
+    policy: PreTrainedModel,
+    reference: PreTrainedModel,
+    pairs: Sequence[Pair],
+    *,
+    way: str = "plain",
+    **options: Any,
 ) -> tuple[Any, dict[str, Any]]:
     """TRL's DPOTrainer on the CPU, and its collated batch of all `pairs`, which it would tokenise
-    itself; ours are token ids. `options` of its DPOConfig. Raises Unavailable without TRL."""
+    itself; ours are token ids. `options` of its DPOConfig. Raises Unavailable without TRL.
+
+    way: "plain", "accelerated" by our head, or "packed": `SrlmDPOTrainer`.
+    """
     trl, datasets = optional("trl"), optional("datasets")
     tokenizers, transformers = optional("tokenizers"), optional("transformers")
+    from srlm_fast.integrations.trl import SrlmDPOTrainer, accelerate
 
     class OnTokenIds(trl.DPOTrainer):  # type: ignore[misc,name-defined]
         def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
@@ -67,7 +76,8 @@ def trl_trainer(
         "use_cpu": True, "bf16": False, "gradient_checkpointing": False, "max_length": None,
         "report_to": [], "disable_tqdm": True, "save_strategy": "no", "max_grad_norm": 0.0,
     }  # fmt: skip
-    trainer = OnTokenIds(
+    kind = SrlmDPOTrainer if way == "packed" else OnTokenIds
+    trainer = kind(
         model=policy,
         ref_model=reference,
         args=trl.DPOConfig(**(settings | options)),
@@ -78,4 +88,6 @@ def trl_trainer(
             tokenizer_object=words, pad_token="<pad>", eos_token="<pad>"
         ),
     )
+    if way == "accelerated":
+        accelerate(trainer)
     return trainer, trainer.data_collator([trainer.train_dataset[i] for i in range(len(pairs))])

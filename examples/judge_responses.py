@@ -1,0 +1,41 @@
+"""Score a file of responses with the model as its own judge (LLM-as-a-Judge, 0 to 5).
+
+python examples/judge_responses.py MODEL RESPONSES.jsonl    # rows of prompt and response
+"""
+
+import json
+import sys
+from itertools import groupby
+from pathlib import Path
+
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from srlm_fast.config import JudgeConfig
+from srlm_fast.data.records import user
+from srlm_fast.data.template import ChatTemplate
+from srlm_fast.judge.base import text_samples
+from srlm_fast.judge.prompted import PromptedJudge
+from srlm_fast.model.load import context_length
+from srlm_fast.sampler import Sampler
+
+folder, responses = sys.argv[1:]
+model = AutoModelForCausalLM.from_pretrained(folder)
+tokenizer = AutoTokenizer.from_pretrained(folder)
+template = ChatTemplate(tokenizer, "auto" if tokenizer.chat_template else "plain")
+context = context_length(model)
+judge = PromptedJudge(
+    Sampler(model, tokenizer, eos_ids=template.eos_ids), template,
+    JudgeConfig(num_samples=3, max_new_tokens=min(256, context // 4)), seed=0, context=context,
+)  # fmt: skip
+
+rows = [json.loads(line) for line in Path(responses).read_text("utf-8").splitlines()]
+groups = [list(group) for _, group in groupby(rows, key=lambda row: row["prompt"])]
+candidates = [
+    text_samples(user(group[0]["prompt"]), [row["response"] for row in group], template)
+    for group in groups
+]
+verdicts = judge.score([group[0].prompt for group in candidates], candidates)
+for group, judged in zip(groups, verdicts, strict=True):
+    for row, verdict in zip(group, judged, strict=True):
+        votes = [vote.score for vote in verdict.votes]
+        print(json.dumps({**row, "score": verdict.score, "votes": votes, "why": verdict.invalid}))

@@ -90,6 +90,8 @@ class TrainConfig:
     max_grad_norm: float = 1.0  # 0: no clipping
     max_length: int = 0  # prompt + response tokens, longer rows dropped; 0: the model's context
     layout: Literal["auto", "shared", "padded"] = "auto"  # shared: packed, a pair's prompt once
+    # Of several processes: each has all weights, or a share of weights, gradients and optimiser.
+    parallel: Literal["replicate", "shard"] = "replicate"
     logging_steps: int = 10
 
     def __post_init__(self) -> None:

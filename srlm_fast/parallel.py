@@ -35,6 +35,8 @@ class Ranks:
     local_rank: its number on its machine, that of its GPU; local_world: how many run there.
     Every method but `share` and `check_device` is collective: all ranks must call it, in the same
     order.
+    sharded: each rank holds a share of the weights of what is trained. Forwards and backwards are
+    collective then: all ranks must make as many, if need be of nothing.
     """
 
     rank: int = 0
@@ -42,15 +44,19 @@ class Ranks:
     local_rank: int = 0
     store: Any = field(default=None, repr=False, compare=False)
     local_world: int = 1
+    sharded: bool = False
 
     @property
     def main(self) -> bool:
         """Whether this is the rank that writes files and speaks to the user."""
         return self.rank == 0
 
-    def share(self, items: Sequence[T]) -> list[T]:
-        """This rank's share of `items`: every `world`-th one, so that none has two more."""
-        return list(items[self.rank :: self.world])
+    def share(self, items: Sequence[T], *filling: T) -> list[T]:
+        """This rank's share of `items`: every `world`-th one, so that none has two more. Where
+        weights are sharded, a `filling` is what ranks with one less get instead."""
+        mine = list(items[self.rank :: self.world])
+        short = -(-len(items) // self.world) - len(mine)
+        return mine + short * list(filling) if self.sharded else mine
 
     def gather(self, objects: Sequence[T]) -> list[T]:
         """The objects of all ranks, dealt round: what comes of `share`s is in their order again."""

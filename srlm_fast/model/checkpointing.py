@@ -7,11 +7,17 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from srlm_fast.errors import UserError
 from srlm_fast.model.prefix import checkpoint_contexts
+
+
+def layers_of(model: Any) -> list[nn.Module]:
+    """What transformers computes again as one, outer modules before those inside them."""
+    return [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
 
 
 @contextmanager
@@ -21,7 +27,7 @@ def checkpointed(model: Any) -> Iterator[None]:
     Transformers' own switch asks for training mode, which would turn dropout on. Raises UserError
     when the model has no layers that can be recomputed.
     """
-    layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+    layers = layers_of(model)
     if not layers:
         raise UserError(
             f"{type(model).__name__} has no layers that gradient checkpointing can recompute; set"

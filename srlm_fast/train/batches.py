@@ -6,7 +6,7 @@ A row is (prompt ids, response ids). Ids are trained on as they are: no EOS is a
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate, groupby
 from typing import Any, Literal
@@ -65,7 +65,11 @@ def collate(
     """The batch of `rows`, in their order; every prompt must have at least one token.
 
     With "shared" nothing is padded, and neighbouring rows with the same prompt compute it once.
+    Of no rows at all it is one token of padding, which predicts nothing.
     """
+    if not rows:
+        batch = collate([([pad_id], [])], pad_id=pad_id, layout=layout, device=device)
+        return replace(batch, rows=batch.rows[:0], cu_seqlens=batch.cu_seqlens[:1], num_tokens=0)
     groups = [[row] for row in rows]
     if layout == "shared":
         groups = [list(group) for _, group in groupby(rows, lambda row: tuple(row[0]))]

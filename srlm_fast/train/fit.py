@@ -12,17 +12,24 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from srlm_fast.config import TrainConfig
+from srlm_fast.errors import UserError
 from srlm_fast.model.checkpointing import checkpointed
 from srlm_fast.parallel import ALONE, Ranks
 from srlm_fast.train.metrics import Log, Metrics, Micro
 from srlm_fast.train.optim import Optimizer, lr_factor
 from srlm_fast.train.plan import MicroBatches
+from srlm_fast.train.sharded import check_replicas
 
 # Called with the step's number, its items on all ranks, and the micro-batches of this rank. It is
 # resumed after each micro-batch's backward, and runs to its end before the update. When memory runs
 # out on any rank it is dropped and called anew for the same step, with smaller micro-batches: after
 # the first of them is yielded, it must not wait for another rank.
 StepFunction = Callable[[int, Sequence[int], Sequence[Sequence[int]]], Iterator[Micro]]
+
+OUT_OF_MEMORY = (
+    "out of memory: a training whose weights are sharded cannot go on from there; set a lower"
+    " micro_batch_tokens or gradient_checkpointing to true"
+)
 
 
 def fit(
@@ -48,27 +55,33 @@ def fit(
     Raises UserError when there are too many of the former, see `Optimizer`, or when a single item
     does not fit into memory.
 
-    Each of several `ranks` holds the whole model and computes its share of every step. All get the
-    same log and summary, and the result is that of one rank, to rounding.
+    Each of several `ranks` computes its share of every step, on the whole model or, where `ranks`
+    are sharded, on its share of one. All get the same log and summary, and the result is that of
+    one rank, to rounding. With a sharded model memory that runs out ends the training, with a
+    UserError on that rank only; its process must end then, as the others wait for it.
     """
     optimizer, metrics = Optimizer(model, config, ranks), Metrics(_zero(model), ranks)
     steps, num_tokens, out_of_memory = len(plan), 0, 0
     losses: list[Tensor] = []
+    upstream = ranks.world if ranks.sharded else 1  # makes sums of averages over the ranks
 
     def gradients(step: int, items: Sequence[int]) -> int | None:
         """The tokens of a step whose gradients are collected; None: some rank's memory ran out."""
         tokens, memory_ran_out = 0, False
         try:
             for micro in step_function(step, items, micro_batches.mine(items)):
-                micro.loss.backward()  # type: ignore[no-untyped-call]
+                (micro.loss * upstream).backward()  # type: ignore[no-untyped-call]
                 optimizer.collect()
                 metrics.add(micro)
                 tokens += micro.num_tokens
         except torch.OutOfMemoryError:
+            if ranks.sharded:  # in the midst of what all ranks do together
+                raise UserError(OUT_OF_MEMORY) from None
             memory_ran_out = True
         return None if ranks.any(memory_ran_out) else tokens
 
-    _check_replicas(model, ranks)
+    if not ranks.sharded:
+        check_replicas(model, ranks)
     with _prepared(model, config):
         bar = tqdm(plan, desc=name, unit="step", disable=None if ranks.main else True)
         for step, items in enumerate(bar):
@@ -96,7 +109,8 @@ def fit(
                     "num_tokens": sum(ranks.gather([num_tokens])),
                 }
                 log({**metrics.read(), **place})
-    _check_replicas(model, ranks)
+    if not ranks.sharded:
+        check_replicas(model, ranks)
     first, last, skipped = torch.stack([losses[0], losses[-1], optimizer.skipped]).tolist()
     return {
         "steps": steps,
@@ -106,15 +120,6 @@ def fit(
         "skipped_steps": int(skipped),
         "out_of_memory": out_of_memory,
     }
-
-
-def _check_replicas(model: nn.Module, ranks: Ranks) -> None:
-    """Raises RuntimeError where the weights of the ranks differ: nothing else would show it."""
-    if ranks.world > 1:
-        sums = [p.detach().sum(dtype=torch.float64) for p in model.parameters()]
-        found = ranks.gather([str(torch.stack(sums).tolist())])
-        if len(set(found)) > 1:
-            raise RuntimeError("the weights differ between the processes that train them")
 
 
 def _zero(model: nn.Module) -> Tensor:

@@ -138,7 +138,7 @@ class NoiseDetector:
             self._flagged.append((self._start[0], indices, flagged))
         if self.refine.tau == "window":
             self._step.append((indices, margins))
-        elif self.refine.tau == "official":
+        elif self.refine.tau == "official" and indices:
             self._means.append(margins.mean())
             if len(self._means) == OFFICIAL_WINDOW:
                 self.tau = _official_tau(torch.stack(list(self._means)), self.refine.k_percent)

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from srlm_fast.config import TrainConfig
 from srlm_fast.errors import UserError
 from srlm_fast.parallel import ALONE, Ranks
+from srlm_fast.train.sharded import own_share
+from srlm_kernels.distributed import is_sharded
 
 MAX_STREAK = 5
 
@@ -41,7 +43,8 @@ class Optimizer:
     A step whose loss or gradient is not finite changes nothing and is counted.
 
     Each of several `ranks` has the same weights, and gradients of its own items; after `reduce` all
-    have the same gradients, and so take the same step.
+    have the same gradients, and so take the same step. Where weights are sharded, each rank steps
+    its share, whose gradients come summed; norm, clipping and skipping are those of the whole.
     """
 
     def __init__(self, model: nn.Module, config: TrainConfig, ranks: Ranks = ALONE) -> None:
@@ -49,9 +52,9 @@ class Optimizer:
         self.params = [p for p in model.parameters() if p.requires_grad]
         if not self.params:
             raise ValueError("the model has no trainable parameters")
-        self.masters = [p.detach().float() if p.element_size() < 4 else p for p in self.params]
+        self.masters = [_master(p) for p in self.params]
         pairs = zip(self.params, self.masters, strict=True)
-        self._narrow = [(p, m) for p, m in pairs if p is not m]
+        self._apart = [(p, m) for p, m in pairs if p is not m]
         self._config = config
         self._adamw = _adamw(self.masters, config)
         self._fused = bool(self._adamw.defaults["fused"])
@@ -60,13 +63,14 @@ class Optimizer:
 
     def collect(self) -> None:
         """Takes the gradients of one backward; call it after each micro-batch."""
-        for param, master in self._narrow:
+        for param, master in self._apart:
             if param.grad is None:
                 continue
+            grad = own_share(param.grad)
             if master.grad is None:
-                master.grad = param.grad.float()
+                master.grad = grad.to(master.dtype)
             else:
-                master.grad += param.grad
+                master.grad += grad
             param.grad = None
 
     def discard(self) -> None:
@@ -76,6 +80,9 @@ class Optimizer:
 
     def reduce(self, loss: Tensor) -> None:
         """Sums the collected gradients and `loss` (0-d) over the ranks, in place, before a step."""
+        if self._ranks.sharded:
+            self._ranks.sum_([loss])
+            return
         # What no rank has a gradient for stays without: the optimiser leaves it as it is.
         wanted = self._ranks.any_of_each([m.grad is not None for m in self.masters])
         masters = [m for m, is_wanted in zip(self.masters, wanted, strict=True) if is_wanted]
@@ -92,6 +99,10 @@ class Optimizer:
         device. `loss` (0-d) is only looked at for being finite.
         """
         norm = nn.utils.get_total_norm([m.grad for m in self.masters if m.grad is not None])
+        if self._ranks.sharded:
+            square = norm.double().square()
+            self._ranks.sum_([square])
+            norm = square.sqrt().to(norm.dtype)
         if self._config.max_grad_norm > 0:
             nn.utils.clip_grads_with_norm_(self.masters, self._config.max_grad_norm, norm)
         taken = norm.isfinite() & loss.isfinite()
@@ -103,8 +114,9 @@ class Optimizer:
         elif bool(taken):
             self._adamw.step()
         self._adamw.zero_grad(set_to_none=True)
-        for param, master in self._narrow:
-            param.copy_(master)
+        for param, master in self._apart:
+            if param.dtype != master.dtype:  # or else it is the same memory
+                own_share(param).copy_(master)
         skipped = (~taken).float()
         self.skipped = self.skipped + skipped
         self._streak = (self._streak + 1) * skipped
@@ -118,6 +130,13 @@ class Optimizer:
                 f"training diverged: {MAX_STREAK} steps in a row had a loss or gradient that is "
                 f"not finite; lower learning_rate (now {self._config.learning_rate:g})"
             )
+
+
+def _master(param: Tensor) -> Tensor:
+    """What the optimiser steps in place of `param`, or `param` itself."""
+    if param.element_size() < 4:
+        return own_share(param).float()
+    return own_share(param) if is_sharded(param) else param
 
 
 def _adamw(params: list[Tensor], config: TrainConfig) -> Any:

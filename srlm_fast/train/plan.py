@@ -76,8 +76,13 @@ class MicroBatches:
         self.max_items, self.max_tokens = config.micro_batch_size, config.micro_batch_tokens
 
     def mine(self, step: Sequence[int]) -> list[list[int]]:
-        """The micro-batches of `step` that this rank computes; there may be none."""
-        return self.split(self.shares(step)[self._ranks.rank])
+        """The micro-batches of `step` that this rank computes; there may be none. Where weights
+        are sharded all ranks have as many: the last ones may be empty."""
+        micros = [self.split(share) for share in self.shares(step)]
+        mine = micros[self._ranks.rank]
+        if self._ranks.sharded:
+            mine += [[] for _ in range(max(map(len, micros)) - len(mine))]
+        return mine
 
     def shares(self, step: Sequence[int]) -> list[list[int]]:
         """The items of `step` by the rank that trains on them, with about as many tokens each: the

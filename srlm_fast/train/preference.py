@@ -26,6 +26,7 @@ from srlm_fast.train.metrics import Log, Micro
 from srlm_fast.train.noise import NoiseDetector, Refinement
 from srlm_fast.train.plan import Item, MicroBatches, plan_steps, usable_items
 from srlm_fast.train.reference import Reference, choose_reference
+from srlm_fast.train.sharded import placed
 from srlm_kernels import linear_preference_loss, losses
 from srlm_kernels.linear_preference_loss import PreferenceLoss
 
@@ -76,58 +77,65 @@ def train_preference(
     items = [((p.prompt_ids, p.chosen_ids), (p.prompt_ids, p.rejected_ids)) for p in pairs]
     kept, dropped = usable_items(items, config.max_length or context_length(model))
     plan = plan_steps(kept, config, seed)
-    layout = choose_layout(model, config)
-    micro_batches = MicroBatches(items, config, layout, ranks)
-    extrapolation = refine.lam if refine else None
-    forward = PairForward(model, items, config, layout, pad_id, extrapolation)
-    loss = pair_loss(config)
+    layout, loss = choose_layout(model, config), pair_loss(config)
+    with placed(config, ranks, model, reference) as (ranks, (model, reference)):
+        micro_batches = MicroBatches(items, config, layout, ranks)
+        extrapolation = refine.lam if refine else None
+        forward = PairForward(model, items, config, layout, pad_id, extrapolation)
 
-    def all_micros() -> list[list[int]]:
-        return micro_batches.forwards(kept, config.per_device_train_batch_size)
+        def all_micros() -> list[list[int]]:
+            return micro_batches.forwards(kept, config.per_device_train_batch_size)
 
-    compared = choose_reference(reference, config, all_micros(), forward.collate, cache, ranks)
-    dtype = torch.promote_types(model.dtype, torch.float32)
-    noise = refine and NoiseDetector(
-        refine,
-        beta=config.beta,
-        num_pairs=len(kept),
-        steps=len(plan),
-        like=torch.zeros((), device=model.device, dtype=dtype),
-        ranks=ranks,
-    )
-    late: dict[int, list[tuple[int, Tensor]]] = {}
+        compared = choose_reference(reference, config, all_micros(), forward.collate, cache, ranks)
+        dtype = torch.promote_types(model.dtype, torch.float32)
+        noise = refine and NoiseDetector(
+            refine,
+            beta=config.beta,
+            num_pairs=len(kept),
+            steps=len(plan),
+            like=torch.zeros((), device=model.device, dtype=dtype),
+            ranks=ranks,
+        )
+        late: dict[int, list[tuple[int, Tensor]]] = {}
 
-    def score() -> Tensor:
-        return forward.ext_margins(all_micros(), compared, loss, ranks)
+        def score() -> Tensor:
+            return forward.ext_margins(all_micros(), compared, loss, ranks)
 
-    def step_function(
-        step: int, step_items: Sequence[int], micros: Sequence[Sequence[int]]
-    ) -> Iterator[Micro]:
-        if step >= 3 * len(plan) // 4:
-            late[step] = []
-        if noise:
-            noise.begin_step(step, score, micro_batches.in_order(step_items))
-        for indices in micros:
-            if len(indices) < len(step_items) and getattr(loss, "coupled", False):
-                warnings.warn(CUT.format(config.loss_type), stacklevel=2)
-            loss_fn = noise.loss() if noise else loss
-            result, batch = forward(indices, compared, loss_fn, scale=1 / len(step_items))
-            if step == 0 and reference_is_start:
-                check_start(result, loss_fn, batch, config.rpo_alpha, compared.floor)
-            sums = _pair_metrics(result, config.beta)
-            if step in late:
-                late[step].append((len(indices), torch.stack([*sums.values()])))
+        def step_function(
+            step: int, step_items: Sequence[int], micros: Sequence[Sequence[int]]
+        ) -> Iterator[Micro]:
+            if step >= 3 * len(plan) // 4:
+                late[step] = []
             if noise:
-                sums |= noise.observe(indices, result.ext_margins)
-            yield Micro(result.loss, len(indices), batch.num_tokens, sums)
+                noise.begin_step(step, score, micro_batches.in_order(step_items))
+            for indices in micros:
+                if len(indices) < len(step_items) and getattr(loss, "coupled", False):
+                    warnings.warn(CUT.format(config.loss_type), stacklevel=2)
+                loss_fn = noise.loss() if noise else loss
+                result, batch = forward(indices, compared, loss_fn, scale=1 / len(step_items))
+                if step == 0 and reference_is_start and indices:
+                    check_start(result, loss_fn, batch, config.rpo_alpha, compared.floor)
+                sums = _pair_metrics(result, config.beta)
+                if step in late:
+                    late[step].append((len(indices), torch.stack([*sums.values()])))
+                if noise:
+                    sums |= noise.observe(indices, result.ext_margins)
+                yield Micro(result.loss, len(indices), batch.num_tokens, sums)
 
-    summary = fit(
-        model, config, plan, micro_batches, step_function, log=log, name="preference", ranks=ranks
-    )
-    last = ranks.gather([(n, sums.tolist()) for micros in late.values() for n, sums in micros])
-    summary |= {"pairs": len(kept), "dropped": dict(dropped), **_late_means(last, config.beta)}
-    if noise:
-        summary["flags"] = noise.flags(len(pairs))
+        summary = fit(
+            model,
+            config,
+            plan,
+            micro_batches,
+            step_function,
+            log=log,
+            name="preference",
+            ranks=ranks,
+        )
+        last = ranks.gather([(n, sums.tolist()) for micros in late.values() for n, sums in micros])
+        summary |= {"pairs": len(kept), "dropped": dict(dropped), **_late_means(last, config.beta)}
+        if noise:
+            summary["flags"] = noise.flags(len(pairs))
     return summary
 
 
@@ -254,9 +262,11 @@ class PairForward:
         margins = torch.zeros(sum(sizes), device=self.model.device, dtype=dtype)
         parts = list(zip(micros, torch.split(margins, sizes), strict=True))
         try:
-            for micro, part in ranks.share(parts):
+            for micro, part in ranks.share(parts, ([], margins[:0])):
                 part.copy_(self(micro, reference, loss, scale=1.0)[0].ext_margins)
         except torch.OutOfMemoryError:
+            if ranks.sharded:
+                raise
             memory_ran_out = True
         if ranks.any(memory_ran_out):
             raise torch.OutOfMemoryError("on one of the ranks")

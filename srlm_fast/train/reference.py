@@ -13,6 +13,7 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import compress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,6 +27,7 @@ from srlm_fast.model.forward import Head, lm_head
 from srlm_fast.model.phase import inference
 from srlm_fast.parallel import ALONE, Ranks
 from srlm_fast.train.batches import Batch
+from srlm_fast.train.sharded import gathered
 from srlm_kernels import linear_logp
 
 # How far cached sums may be from the same sums in another batch, in times of what is measured.
@@ -90,11 +92,13 @@ class CachedStates:
             name, start, end = self.place[index]
             with safe_open(self.folder / name, framework="pt") as file:  # mapped, not read
                 found.append(file.get_slice("states")[start:end])
-        rows = torch.cat(found).to(batch.rows.device, non_blocking=True)
-        # Where responses share a prompt its last row occurs twice, with the same states but for
-        # rounding if the two were cached in different batches.
-        hidden = rows.new_zeros(batch.input_ids.numel(), rows.shape[1])
-        hidden = hidden.index_copy(0, batch.rows, rows)
+        size, like = (batch.input_ids.numel(), self.weight.shape[1]), self.weight
+        hidden = torch.zeros(size, dtype=like.dtype, device=batch.rows.device)
+        if found:
+            rows = torch.cat(found).to(batch.rows.device, non_blocking=True)
+            # Where responses share a prompt its last row occurs twice, with the same states but for
+            # rounding if the two were cached in different batches.
+            hidden.index_copy_(0, batch.rows, rows)
         return {"ref_hidden": hidden, "ref_weight": self.weight, "ref_bias": self.bias}
 
 
@@ -126,8 +130,8 @@ def cache_logps(
 ) -> CachedLogps:
     """Those of `model` as it is now, for the items of `micros`; `collate` makes a batch of one."""
     with inference(model):
-        mine = [_sums(model, collate(micro)).cpu() for micro in ranks.share(micros)]
-    sums = ranks.gather(mine)
+        mine = [_sums(model, collate(micro)).cpu() for micro in ranks.share(micros, [])]
+    sums = ranks.gather(mine)[: len(micros)]
     found = sums[0].new_full((max(map(max, micros)) + 1, 2), torch.nan)
     for micro, part in zip(micros, sums, strict=True):
         found[list(micro)] = part
@@ -181,21 +185,25 @@ def cache_states(
     that a caching pass that was interrupted goes on.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    place, weights = {}, _fingerprint(model)
+    place, files, weights = {}, [], _fingerprint(model)
+    for micro in micros:
+        batch = collate(micro)
+        ids = [batch.input_ids.tolist(), batch.rows.tolist(), list(micro)]
+        digest = hashlib.sha256(f"{weights}/{json.dumps(ids)}".encode()).hexdigest()
+        files.append(folder / f"states-{digest[:24]}.safetensors")
+        ends = batch.cu_seqlens[::2].tolist()
+        for i, index in enumerate(micro):
+            place[index] = (files[-1].name, ends[i], ends[i + 1])
+    missing = ranks.any_of_each([not path.is_file() for path in files])
+    todo = list(compress(zip(micros, files, strict=True), missing))
     with inference(model):
-        for turn, micro in enumerate(micros):
+        for micro, path in ranks.share(todo, ([], folder)):
             batch = collate(micro)
-            ids = [batch.input_ids.tolist(), batch.rows.tolist(), list(micro)]
-            digest = hashlib.sha256(f"{weights}/{json.dumps(ids)}".encode()).hexdigest()
-            path = folder / f"states-{digest[:24]}.safetensors"
-            if turn % ranks.world == ranks.rank and not path.is_file():
-                states = batch.states(model)[batch.rows].cpu()
+            states = batch.states(model)[batch.rows].cpu()
+            if micro:
                 partial = path.with_suffix(".partial")
                 save_file({"states": states}, partial)
                 os.replace(partial, path)
-            ends = batch.cu_seqlens[::2].tolist()
-            for i, index in enumerate(micro):
-                place[index] = (path.name, ends[i], ends[i + 1])
     ranks.barrier()
     head: Head = lm_head(model)
     bias = None if head.bias is None else head.bias.detach().clone()
@@ -208,7 +216,7 @@ def _fingerprint(model: Any) -> str:
     numbers, whose sums are the same in any order, and so on any number of threads."""
     state, whole = hashlib.sha256(), {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     for name, weight in model.state_dict().items():
-        flat = weight.detach().contiguous().flatten()
+        flat = gathered(weight).contiguous().flatten()
         bits = flat.view(whole[flat.element_size()]).long()
         sums = torch.stack([bits.sum(), bits.square().sum(), bits[::7].sum(), bits[::11].sum()])
         state.update(f"{name}{list(weight.shape)}{sums.tolist()}".encode())

@@ -14,6 +14,7 @@ from srlm_fast.train.fit import fit
 from srlm_fast.train.layout import choose_layout
 from srlm_fast.train.metrics import Log, Micro
 from srlm_fast.train.plan import MicroBatches, plan_steps, usable_items
+from srlm_fast.train.sharded import placed
 from srlm_kernels import linear_logp
 
 
@@ -37,6 +38,7 @@ def train_sft(
     items = [((prompt, response),) for prompt, response in rows]
     kept, dropped = usable_items(items, config.max_length or context_length(model))
     device, layout = next(model.parameters()).device, choose_layout(model, config)
+    plan = plan_steps(kept, config, seed)
 
     def step_function(
         step: int, step_items: Sequence[int], micros: Sequence[Sequence[int]]
@@ -56,8 +58,9 @@ def train_sft(
             ).logp
             yield Micro(-logp.sum() / num_targets, len(batch.target), batch.num_tokens)
 
-    plan, micro_batches = plan_steps(kept, config, seed), MicroBatches(items, config, layout, ranks)
-    summary = fit(
-        model, config, plan, micro_batches, step_function, log=log, name="sft", ranks=ranks
-    )
+    with placed(config, ranks, model) as (ranks, (model,)):
+        micro_batches = MicroBatches(items, config, layout, ranks)
+        summary = fit(
+            model, config, plan, micro_batches, step_function, log=log, name="sft", ranks=ranks
+        )
     return {**summary, "rows": len(kept), "dropped": dict(dropped)}

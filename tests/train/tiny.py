@@ -10,7 +10,7 @@ from srlm_fast.data.records import Pair, user
 VOCAB, PAD, EOS = 61, 0, 1
 
 
-def new_model(seed=0, dtype=torch.float64, attention="sdpa", sliding_window=None):
+def new_model(seed=0, dtype=torch.float64, attention="sdpa", sliding_window=None, tied=True):
     config = MistralConfig(
         vocab_size=VOCAB,
         hidden_size=32,
@@ -19,7 +19,7 @@ def new_model(seed=0, dtype=torch.float64, attention="sdpa", sliding_window=None
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=64,
-        tie_word_embeddings=True,
+        tie_word_embeddings=tied,
         sliding_window=sliding_window,
         attn_implementation=attention,
     )

@@ -1,0 +1,289 @@
+"""Training with sharded weights is training in one process: gradients, weights, metrics, flags."""
+
+import os
+import tempfile
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+
+from srlm_fast.config import TrainConfig
+from srlm_fast.errors import UserError
+from srlm_fast.model.weights import frozen_copy
+from srlm_fast.parallel import ALONE
+from srlm_fast.train.optim import Optimizer
+from srlm_fast.train.plan import MicroBatches
+from srlm_fast.train.preference import train_preference
+from srlm_fast.train.sft import train_sft
+from srlm_fast.train.sharded import sharded
+from tests.srlm_kernels import ranks as processes
+from tests.train.test_parallel import CONFIG, REFINE, assert_same, here, states
+from tests.train.tiny import draw_pairs, draw_rows, new_model
+
+CONFIG = replace(CONFIG, parallel="shard")
+SFT = TrainConfig(
+    learning_rate=3e-3, per_device_train_batch_size=7, logging_steps=3, parallel="shard"
+)
+
+
+def made(*, tied=True, dtype=torch.float64):
+    """A model; its own head has a bias."""
+    model = new_model(dtype=dtype, tied=tied)
+    if not tied:
+        head = model.get_output_embeddings()
+        bias = torch.linspace(-1, 1, len(head.weight), dtype=dtype)
+        head.bias = torch.nn.Parameter(bias)
+    return model
+
+
+def weights(model):
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def tuned(ranks, config=SFT, **kind):
+    model, logs = made(**kind), []
+    summary = train_sft(model, draw_rows(), config, seed=0, pad_id=0, log=logs.append, ranks=ranks)
+    return weights(model), summary, logs
+
+
+def preferred(ranks, config=CONFIG, refine=None, *, own=False, cache=None, **kind):
+    """own: the model is its own reference, which a cache makes possible."""
+    model, logs = made(**kind), []
+    reference = model if own else frozen_copy(model)
+    summary = train_preference(
+        model, reference, draw_pairs(), config, refine=refine, seed=0, pad_id=0, log=logs.append,
+        ranks=ranks, cache=cache,
+    )  # fmt: skip
+    if not own:
+        assert torch.equal(weights(reference), weights(made(**kind))), "the reference is as it was"
+    return weights(model), summary, logs
+
+
+def sft_is_that_of_one_process():
+    for config in (SFT, replace(SFT, micro_batch_size=2, layout="padded")):
+        for tied in (True, False):
+            assert_same(tuned(here(), config, tied=tied), tuned(ALONE, config, tied=tied))
+
+
+def dpo_is_that_of_one_process():
+    for config in (CONFIG, replace(CONFIG, micro_batch_size=1, rpo_alpha=0.2, logging_steps=1)):
+        assert_same(preferred(here(), config), preferred(ALONE, config))
+    assert_same(preferred(here(), tied=False), preferred(ALONE, tied=False))
+
+
+def spa_is_that_of_one_process():
+    for refine in (REFINE, replace(REFINE, tau="dataset", interval=2)):
+        found = preferred(here(), refine=refine)
+        assert_same(found, preferred(ALONE, refine=refine))
+        assert {True, False} <= set(found[1]["flags"])
+
+
+@contextmanager
+def gradients(found):
+    """Appends the gradients of each step to `found`, the shares of all ranks put together."""
+    plain, ranks = Optimizer.step, here()
+
+    def step(self, *args):
+        shares = [m.grad.clone() for m in self.masters]
+        if self._ranks.sharded:
+            assert all(p.grad is None for p in self.params), "they are collected"
+            parts = [ranks.gather([g]) for g in shares]
+            shares = [torch.cat(part) for part in parts]
+        found.append(torch.cat([g.flatten() for g in shares]))
+        return plain(self, *args)
+
+    with mock.patch.object(Optimizer, "step", step):
+        yield
+
+
+def gradients_are_sums():
+    """Adam would hide a factor, and one of the head alone would hide in the norm."""
+    for tied in (True, False):
+        found, expected = [], []
+        with gradients(found):
+            preferred(here(), tied=tied)
+        with gradients(expected):
+            preferred(ALONE, tied=tied)
+        torch.testing.assert_close(found, expected, atol=1e-12, rtol=1e-9)
+
+
+def checkpointed_layers_are_computed_again():
+    config = replace(CONFIG, gradient_checkpointing=True)
+    assert_same(preferred(here(), config, REFINE), preferred(ALONE, CONFIG, REFINE))
+
+
+def most_ranks_may_have_nothing():
+    """Steps of one pair: the other ranks compute nothing, in as many forwards."""
+    config = replace(CONFIG, per_device_train_batch_size=1, num_train_epochs=1)
+    for refine in (None, REFINE, replace(REFINE, tau="official")):
+        found = preferred(here(), config, refine)
+        if refine is None or refine.tau != "official":
+            assert_same(found, preferred(ALONE, config, refine))
+        assert found[0].isfinite().all()
+
+
+def references_may_be_cached():
+    ranks = here()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(ranks.from_main(name)) / "files"  # where all of them look
+        for kind, refine in (("logps", None), ("states", REFINE)):
+            config = replace(CONFIG, reference_cache=kind)
+            alone = preferred(ALONE, config, refine, own=True, cache=Path(name) / "alone")
+            assert_same(preferred(ranks, config, refine, own=True, cache=folder), alone)
+        files = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+        ranks.barrier()
+        assert {path.name for path in files} == {p.name for p in (Path(name) / "alone").iterdir()}
+        if ranks.main:  # a pass that was interrupted: this one is made again, the others are kept
+            min(files).unlink()
+        ranks.barrier()
+        assert_same(preferred(ranks, config, refine, own=True, cache=folder), alone)
+        ranks.barrier()
+        again = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+        assert sum(again[path] == time for path, time in files.items()) == len(files) - 1
+        ranks.barrier()
+
+
+def a_step_that_is_not_finite_is_skipped_by_all():
+    marker = torch.tensor(draw_pairs()[3].chosen_ids)
+
+    def change(batch, found):
+        for part in batch.target.split(batch.cu_seqlens.diff().tolist()):
+            if torch.equal(part, marker):
+                return found * torch.nan
+        return found
+
+    config = replace(CONFIG, logging_steps=1, micro_batch_size=1)
+    with states(change), mock.patch("srlm_fast.train.preference.check_start"):
+        found = preferred(here(), config, REFINE)
+        assert found[1]["skipped_steps"] == 2 and found[0].isfinite().all()
+        alone = preferred(ALONE, config, REFINE)
+    for summary in (found[1], alone[1]):
+        summary.pop("loss_first"), summary.pop("loss_last")  # NaN, if that was the step
+    for logs in (found[2], alone[2]):
+        logs[:] = [row for row in logs if row["loss"] == row["loss"]]
+    assert len(found[2]) == len(alone[2]) == found[1]["steps"] - 2
+    assert_same(found, alone)
+
+
+def sixteen_bit_weights_have_sharded_masters():
+    """The updates are far below what the weights resolve."""
+    config = replace(CONFIG, learning_rate=1e-4)
+    start = weights(made(dtype=torch.bfloat16))
+    found, alone = (preferred(r, config, dtype=torch.bfloat16) for r in (here(), ALONE))
+    assert all(torch.equal(other, found[0]) for other in here().gather([found[0]]))
+    moved, expected = ((run[0] - start).float() for run in (found, alone))
+    assert expected.norm() > 0 and (moved - expected).norm() < 0.2 * expected.norm()
+    assert found[1]["loss_last"] == pytest.approx(alone[1]["loss_last"], rel=2e-2)
+
+
+def every_rank_holds_its_share():
+    """Of weights, gradients and optimiser state; the model itself is empty meanwhile."""
+    ranks, plain, held = here(), Optimizer.step, []
+    model = made(tied=False, dtype=torch.bfloat16)
+    objects, total = list(model.parameters()), weights(model).numel()
+
+    def step(self, *args):
+        assert not any(p.numel() for p in objects)
+        result = plain(self, *args)
+        state = [t for s in self._adamw.state.values() for t in s.values() if t.ndim]
+        kinds = ([p.to_local() for p in self.params], self.masters, state)
+        held.append([sum(t.numel() for t in kind) for kind in kinds])
+        return result
+
+    with mock.patch.object(Optimizer, "step", step):
+        train_sft(model, draw_rows(), SFT, seed=0, pad_id=0, log=lambda row: None, ranks=ranks)
+    shares = ranks.gather([held[0]])
+    assert [sum(kind) for kind in zip(*shares, strict=True)] == [total, total, 2 * total]
+    assert max(share[0] for share in shares) < 1.1 * total / ranks.world
+    assert all(p is q for p, q in zip(objects, model.parameters(), strict=True))
+    assert type(model.model.layers[0]).__name__ == "MistralDecoderLayer"
+    assert weights(model).isfinite().all() and weights(model).numel() == total
+
+
+def weights_that_differ_are_noticed():
+    model = new_model(seed=here().rank)
+    noticed = pytest.raises(RuntimeError, match="weights differ between the processes")
+    with noticed, sharded(model, here()):
+        pass
+
+
+def memory_that_runs_out_on_one_rank_ends_all():
+    """That one says why, and the others do not wait for it once its process has ended."""
+    ranks = here()
+    last = ranks.rank == ranks.world - 1
+
+    def change(batch, found):
+        if last:
+            raise torch.OutOfMemoryError("no room")
+        return found
+
+    kind, words = (UserError, "lower micro_batch_tokens") if last else (RuntimeError, "")
+    with states(change), pytest.raises(kind, match=words):
+        preferred(ranks, refine=replace(REFINE, tau="dataset", warmup_fraction=0.0))
+    print("passed", memory_that_runs_out_on_one_rank_ends_all.__name__, flush=True)
+    os._exit(0)
+
+
+CHECKS = {
+    2: [
+        sft_is_that_of_one_process,
+        dpo_is_that_of_one_process,
+        spa_is_that_of_one_process,
+        gradients_are_sums,
+        checkpointed_layers_are_computed_again,
+        most_ranks_may_have_nothing,
+        references_may_be_cached,
+        a_step_that_is_not_finite_is_skipped_by_all,
+        sixteen_bit_weights_have_sharded_masters,
+        every_rank_holds_its_share,
+        weights_that_differ_are_noticed,
+    ],
+    3: [
+        sft_is_that_of_one_process,
+        most_ranks_may_have_nothing,
+        memory_that_runs_out_on_one_rank_ends_all,
+    ],
+}
+
+
+@pytest.fixture(scope="module")
+def outputs(tmp_path_factory):
+    return processes.start(__file__, tmp_path_factory.mktemp("ranks"))
+
+
+@pytest.mark.parametrize(
+    ("world", "check"),
+    [(world, check) for world, checks in CHECKS.items() for check in checks],
+    ids=lambda value: getattr(value, "__name__", str(value)),
+)
+def test_ranks(world, check, outputs):
+    processes.assert_passed(check, outputs[world])
+
+
+def test_one_process_shards_nothing():
+    for train in (tuned, preferred):
+        assert torch.equal(
+            train(ALONE)[0],
+            train(ALONE, replace(SFT if train is tuned else CONFIG, parallel="replicate"))[0],
+        )
+
+
+def test_sharded_ranks_have_as_many_micro_batches():
+    items = [(row,) for row in draw_rows()]
+    step = [3, 17, 4, 9, 20, 11, 0]
+    config = replace(SFT, micro_batch_size=1)
+    found = [
+        MicroBatches(
+            items, config, "padded", replace(ALONE, rank=rank, world=3, sharded=True)
+        ).mine(step)
+        for rank in range(3)
+    ]
+    assert {len(micros) for micros in found} == {3}
+    assert sorted(index for micros in found for micro in micros for index in micro) == sorted(step)
+
+
+if __name__ == "__main__":
+    processes.main(CHECKS)

@@ -123,15 +123,9 @@ def train_preference(
                 yield Micro(result.loss, len(indices), batch.num_tokens, sums)
 
         summary = fit(
-            model,
-            config,
-            plan,
-            micro_batches,
-            step_function,
-            log=log,
-            name="preference",
+            model, config, plan, micro_batches, step_function, log=log, name="preference",
             ranks=ranks,
-        )
+        )  # fmt: skip
         last = ranks.gather([(n, sums.tolist()) for micros in late.values() for n, sums in micros])
         summary |= {"pairs": len(kept), "dropped": dict(dropped), **_late_means(last, config.beta)}
         if noise:

@@ -90,6 +90,7 @@ def test_official_is_the_mean_of_two_order_statistics_of_fifty_micro_batch_means
         assert detector.tau.item() == pytest.approx(gap, abs=1e-14)
         detector.begin_step(step, _no_scoring)
         detector.observe(range(4), batch)
+        detector.observe((), batch[:0])  # a forward of nothing has no mean
 
 
 def test_official_flags_a_margin_that_equals_tau_and_the_paper_rule_does_not():

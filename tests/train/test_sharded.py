@@ -9,11 +9,13 @@ from unittest import mock
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from srlm_fast.config import TrainConfig
 from srlm_fast.errors import UserError
 from srlm_fast.model.weights import frozen_copy
 from srlm_fast.parallel import ALONE
+from srlm_fast.sampler import Sampler, SamplingParams
 from srlm_fast.train.optim import Optimizer
 from srlm_fast.train.plan import MicroBatches
 from srlm_fast.train.preference import train_preference
@@ -63,9 +65,8 @@ def preferred(ranks, config=CONFIG, refine=None, *, own=False, cache=None, **kin
 
 
 def sft_is_that_of_one_process():
-    for config in (SFT, replace(SFT, micro_batch_size=2, layout="padded")):
-        for tied in (True, False):
-            assert_same(tuned(here(), config, tied=tied), tuned(ALONE, config, tied=tied))
+    for config, tied in ((SFT, True), (replace(SFT, micro_batch_size=2, layout="padded"), False)):
+        assert_same(tuned(here(), config, tied=tied), tuned(ALONE, config, tied=tied))
 
 
 def dpo_is_that_of_one_process():
@@ -118,11 +119,7 @@ def checkpointed_layers_are_computed_again():
 def most_ranks_may_have_nothing():
     """Steps of one pair: the other ranks compute nothing, in as many forwards."""
     config = replace(CONFIG, per_device_train_batch_size=1, num_train_epochs=1)
-    for refine in (None, REFINE, replace(REFINE, tau="official")):
-        found = preferred(here(), config, refine)
-        if refine is None or refine.tau != "official":
-            assert_same(found, preferred(ALONE, config, refine))
-        assert found[0].isfinite().all()
+    assert_same(preferred(here(), config, REFINE), preferred(ALONE, config, REFINE))
 
 
 def references_may_be_cached():
@@ -180,10 +177,13 @@ def sixteen_bit_weights_have_sharded_masters():
 
 
 def every_rank_holds_its_share():
-    """Of weights, gradients and optimiser state; the model itself is empty meanwhile."""
+    """Of weights, gradients and optimiser state; the model itself is empty meanwhile, and then
+    what it was: its own objects, which are sampled from and saved."""
     ranks, plain, held = here(), Optimizer.step, []
     model = made(tied=False, dtype=torch.bfloat16)
     objects, total = list(model.parameters()), weights(model).numel()
+    sampler, greedy = Sampler(model), SamplingParams(temperature=0.0, max_tokens=8)
+    before = sampler.generate([[5, 6, 7]], greedy)[0].outputs[0].token_ids
 
     def step(self, *args):
         assert not any(p.numel() for p in objects)
@@ -199,8 +199,15 @@ def every_rank_holds_its_share():
     assert [sum(kind) for kind in zip(*shares, strict=True)] == [total, total, 2 * total]
     assert max(share[0] for share in shares) < 1.1 * total / ranks.world
     assert all(p is q for p, q in zip(objects, model.parameters(), strict=True))
-    assert type(model.model.layers[0]).__name__ == "MistralDecoderLayer"
-    assert weights(model).isfinite().all() and weights(model).numel() == total
+    if ranks.main:  # the one that writes
+        with tempfile.TemporaryDirectory() as folder:
+            model.save_pretrained(folder)
+            saved = load_file(Path(folder) / "model.safetensors")
+        assert all(torch.equal(p, saved[name]) for name, p in model.named_parameters())
+    after, fresh = (
+        s.generate([[5, 6, 7]], greedy)[0].outputs[0].token_ids for s in (sampler, Sampler(model))
+    )
+    assert after == fresh != before
 
 
 def weights_that_differ_are_noticed():
@@ -220,7 +227,7 @@ def memory_that_runs_out_on_one_rank_ends_all():
             raise torch.OutOfMemoryError("no room")
         return found
 
-    kind, words = (UserError, "lower micro_batch_tokens") if last else (RuntimeError, "")
+    kind, words = (UserError, "lower micro_batch_tokens") if last else (RuntimeError, None)
     with states(change), pytest.raises(kind, match=words):
         preferred(ranks, refine=replace(REFINE, tau="dataset", warmup_fraction=0.0))
     print("passed", memory_that_runs_out_on_one_rank_ends_all.__name__, flush=True)

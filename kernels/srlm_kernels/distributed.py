@@ -57,12 +57,14 @@ class _GatherHead(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Any:
         from torch.distributed.tensor import DTensor, Partial
 
-        # Every rank has seen other data: sum, and divide as FSDP does for the other parameters.
+        # Every rank has seen other data: sum, and divide as FSDP does for the other parameters;
+        # never in 16 bits, where many ranks would round as often.
         # `DTensor.full_tensor()` would keep this rank's gradient alone.
-        mean = grad.to(ctx.dtype) / ctx.mesh.size()
+        wide = torch.promote_types(ctx.dtype, torch.float32)
+        mean = grad.to(wide) / ctx.mesh.size()
         parts = [Partial()] * ctx.mesh.ndim
         whole = DTensor.from_local(mean, ctx.mesh, parts, run_check=False)
-        return whole.redistribute(ctx.mesh, ctx.placements), None
+        return whole.redistribute(ctx.mesh, ctx.placements).to(ctx.dtype), None
 
 
 def is_sharded(tensor: Tensor) -> bool:

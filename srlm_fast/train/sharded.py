@@ -17,8 +17,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from srlm_fast.config import TrainConfig
 from srlm_fast.model.checkpointing import layers_of
@@ -97,6 +95,10 @@ def _shard(model: Any, ranks: Ranks) -> None:
     That is a root of its own: forwards begin there. The head is gathered by the ops that read its
     weight. One that is tied is the embedding's share, to which both give their gradients.
     """
+    # Here, because a torch may be built without.
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     tied = head.weight is embedding.weight
     # Gradients of 16-bit weights are summed in fp32, as those of replicas are.

@@ -123,6 +123,7 @@ class PreferenceConfig(TrainConfig):
     beta: float = 0.1
     label_smoothing: float = 0.0  # of sigmoid (cDPO), robust, aot; exo_pair needs some
     simpo_gamma: float = 0.5
+    rdpo_alpha: float = 0.01  # of r_dpo: nats that a token of difference in length counts
     rpo_alpha: float = 0.0  # weight of the chosen response's mean negative log-likelihood
     reference: Literal["previous", "fixed"] = "previous"
     reference_cache: Literal["none", "logps", "states"] = "none"  # run it once; spa needs states
@@ -169,6 +170,27 @@ class JudgeConfig:
         _require(self.num_samples >= 1, "num_samples must be at least 1")
         _require(self.max_new_tokens >= 1, "max_new_tokens must be at least 1")
         _require_sampling(self.temperature, self.top_p)
+
+
+@dataclass(frozen=True)
+class PairsConfig:
+    """Which judged candidates become preference pairs."""
+
+    selection: Literal["min_max", "max_chosen", "all"] = "min_max"
+    length_control: float = 0.0  # Meta-Rewarding's rho, with min_max; 0: off
+    length_penalty: float = 0.0  # DICE's alpha: taken from the score for every token
+    balance_length: bool = False  # DICE's search for the penalty: lengths equal in the mean
+
+    def __post_init__(self) -> None:
+        _require(0 <= self.length_control < 0.5, "length_control must be at least 0 and below 0.5")
+        _require(self.length_penalty >= 0, "length_penalty must not be negative")
+        _require(
+            not (self.balance_length and self.length_penalty), "balance_length finds length_penalty"
+        )
+        _require(
+            self.selection == "min_max" or self.length_control == 0,
+            "length_control needs selection: min_max",
+        )
 
 
 @dataclass(frozen=True)
@@ -283,6 +305,7 @@ class Config:
     preference: PreferenceConfig = field(default_factory=PreferenceConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     judge: JudgeConfig = field(default_factory=JudgeConfig)
+    pairs: PairsConfig = field(default_factory=PairsConfig)
     eft: EFTConfig = field(default_factory=EFTConfig)
     prompts: PromptsConfig = field(default_factory=PromptsConfig)
     spa: SPAConfig = field(default_factory=SPAConfig)

@@ -91,6 +91,18 @@ class spa(PairLoss):
 
 
 @dataclass(frozen=True)
+class r_dpo(PairLoss):
+    """-ls(beta m + alpha (len_w - len_l)): a longer winner is pushed less (R-DPO, 2403.19159)."""
+
+    antisymmetric: ClassVar[bool] = True
+
+    alpha: float = 0.01
+
+    def __call__(self, s: PairLogps) -> Tensor:
+        return -logsigmoid(self.beta * s.margin + self.alpha * (s.chosen_len - s.rejected_len))
+
+
+@dataclass(frozen=True)
 class robust(PairLoss):
     """[(1-e)(-ls(beta m)) - e (-ls(-beta m))] / (1-2e) (robust DPO, 2403.00409).
 
@@ -313,9 +325,10 @@ LOSSES: dict[str, type[PairLoss]] = {
     "discopop": discopop,
     "sigmoid_norm": sigmoid_norm,
     "simpo": simpo,
+    "r_dpo": r_dpo,
 }
 """By TRL's `loss_type`; each is made by `LOSSES[name](beta=...)` plus its own options. `simpo` is
-TRL's CPO loss of that name.
+TRL's CPO loss of that name, and `r_dpo` has none.
 
 Of `DPOTrainer`'s types only `sft` is missing: it has no rejected response (see `with_nll`). What
 carries state from step to step has no place here: `BCOTrainer`'s running reward shift, which TRL's

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import random
 from collections import Counter
 from collections.abc import Sequence
 
+from srlm_fast.config import PairsConfig
 from srlm_fast.data.records import Judgement, Pair, Sample
+from srlm_fast.judge.length import Judged, balancing_penalty, length_controlled
+
+DEFAULT = PairsConfig()
 
 
 def drop_unusable(
@@ -39,42 +44,67 @@ def select_pairs(
     candidates: Sequence[Sequence[Sample]],
     judgements: Sequence[Sequence[Judgement]],
     round: int,
+    config: PairsConfig = DEFAULT,
+    seed: int = 0,
 ) -> tuple[list[Pair], Counter[str]]:
-    """The best against the worst judged candidate of each prompt (SRLM section 2.2).
+    """Preference pairs from the judged candidates of each prompt, as `config.selection` says.
 
-    A prompt without a pair is counted, so pairs and counts add up to the prompts: "fewer than two
-    judged" (a candidate without a score is neither best nor worst), or "tie" (best = worst). Among
-    equal scores the candidate sampled first is taken.
+    min_max: the best against the worst (SRLM section 2.2). max_chosen: the best against another
+    one, drawn by `seed` and the prompt (SPA's code, for more than two). all: each against each.
+    Equal scores make no pair, and of equals the one sampled first counts as the better or worse.
+    `config`'s other settings: see `judge.length`.
+
+    A prompt without a pair is counted: "fewer than two judged" (a candidate without a score is
+    in no pair), or "tie".
     """
     pairs: list[Pair] = []
     dropped: Counter[str] = Counter()
-    for group, verdicts in zip(candidates, judgements, strict=True):
-        judged = [
-            (verdict.score, sample)
-            for sample, verdict in zip(group, verdicts, strict=True)
-            if verdict.score is not None
-        ]
-        if len(judged) < 2:
+    groups = [_judged(*group) for group in zip(candidates, judgements, strict=True)]
+    penalty = config.length_penalty
+    if config.balance_length:
+        penalty = balancing_penalty([group for group in groups if len(group) > 1])
+    for group in groups:
+        if len(group) < 2:
             dropped["fewer than two judged"] += 1
             continue
-        best, chosen = max(judged, key=lambda item: item[0])
-        worst, rejected = min(judged, key=lambda item: item[0])
-        if best == worst:
+        found = _choose([item.penalised(penalty) for item in group], config, seed)
+        if not found:
             dropped["tie"] += 1
-            continue
-        pairs.append(_pair(chosen, best, rejected, worst, round))
+        pairs += [_pair(chosen, rejected, round) for chosen, rejected in found]
     return pairs, dropped
 
 
-def _pair(chosen: Sample, best: float, rejected: Sample, worst: float, round: int) -> Pair:
+def _judged(group: Sequence[Sample], verdicts: Sequence[Judgement]) -> list[Judged]:
+    return [
+        Judged(verdict.score, sample, verdict.score)
+        for sample, verdict in zip(group, verdicts, strict=True)
+        if verdict.score is not None
+    ]
+
+
+def _choose(group: list[Judged], config: PairsConfig, seed: int) -> list[tuple[Judged, Judged]]:
+    """(chosen, rejected) of one prompt; every chosen one's value is above its rejected one's."""
+    best, worst = max(group, key=lambda item: item.value), min(group, key=lambda item: item.value)
+    if best.value == worst.value:
+        return []
+    if config.selection == "all":
+        return [(a, b) for a in group for b in group if a.value > b.value]
+    if config.selection == "max_chosen":
+        others = [item for item in group if item.value < best.value]
+        ids = ",".join(map(str, best.sample.prompt_ids))
+        return [(best, random.Random(f"{seed}/{ids}").choice(others))]
+    return [length_controlled(group, config.length_control)]
+
+
+def _pair(chosen: Judged, rejected: Judged, round: int) -> Pair:
     return Pair(
-        prompt=chosen.prompt,
-        prompt_ids=chosen.prompt_ids,
-        chosen=chosen.response,
-        chosen_ids=chosen.response_ids,
-        rejected=rejected.response,
-        rejected_ids=rejected.response_ids,
-        chosen_score=best,
-        rejected_score=worst,
+        prompt=chosen.sample.prompt,
+        prompt_ids=chosen.sample.prompt_ids,
+        chosen=chosen.sample.response,
+        chosen_ids=chosen.sample.response_ids,
+        rejected=rejected.sample.response,
+        rejected_ids=rejected.sample.response_ids,
+        chosen_score=chosen.score,
+        rejected_score=rejected.score,
         round=round,
     )

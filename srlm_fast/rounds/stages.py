@@ -171,7 +171,10 @@ def best_and_worst(
         judged = {v.sample: v for v in verdicts}
         row = {id(s): i for i, s in enumerate(samples)}
         groups = [[s for s in g if row[id(s)] in judged] for g in _by_prompt(samples)]
-        pairs, dropped = select_pairs(groups, [[judged[row[id(s)]] for s in g] for g in groups], t)
+        pairs, dropped = select_pairs(
+            groups, [[judged[row[id(s)]] for s in g] for g in groups], t, engine.config.pairs,
+            seed=engine.run.seed(f"pairs-{t}"),
+        )  # fmt: skip
         stages = [engine.run.info(f"round-{t}/{name}") for name in ("samples", "judgements")]
         total = sum((Counter(s.get("dropped", {})) for s in stages), Counter(dropped))
         return pairs, {"dropped": dict(total)}

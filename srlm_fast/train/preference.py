@@ -151,7 +151,10 @@ def pair_loss(config: PreferenceConfig) -> Callable[..., Tensor]:
     if config.loss_type not in losses.LOSSES:
         known = ", ".join(losses.LOSSES)
         raise UserError(f"unknown preference.loss_type {config.loss_type!r}; use one of {known}")
-    options = {"label_smoothing": config.label_smoothing, "gamma": config.simpo_gamma}
+    options = {
+        "label_smoothing": config.label_smoothing, "gamma": config.simpo_gamma,
+        "alpha": config.rdpo_alpha,
+    }  # fmt: skip
     kind: Any = losses.LOSSES[config.loss_type]
     taken = {field.name for field in dataclasses.fields(kind)}
     try:

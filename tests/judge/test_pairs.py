@@ -1,6 +1,10 @@
+import dataclasses
+
 import pytest
 
+from srlm_fast.config import PairsConfig
 from srlm_fast.data.records import Judgement, Vote
+from srlm_fast.errors import UserError
 from srlm_fast.judge.pairs import drop_unusable, select_pairs
 
 
@@ -78,3 +82,73 @@ def test_every_prompt_is_a_pair_or_counted(group):
 def test_negative_rewards(group):
     [pair], _ = select_pairs([group[:2]], [judgements(-7.5, -7.25)], round=1)
     assert (pair.chosen, pair.rejected) == ("two", "one")
+
+
+def texts(pairs):
+    return [(pair.chosen, pair.rejected) for pair in pairs]
+
+
+def test_all_pairs_are_those_whose_scores_differ(group):
+    pairs, dropped = select_pairs(
+        [group, group], [judgements(2, 1, 2, None), judgements(1, 1, 1, 1)], 1,
+        PairsConfig(selection="all"),
+    )  # fmt: skip
+    assert texts(pairs) == [("one", "two"), ("three", "two")]
+    assert dropped == {"tie": 1}
+
+
+def test_the_best_against_any_other_by_seed_and_prompt(group):
+    config = PairsConfig(selection="max_chosen")
+    found = {
+        texts(select_pairs([group], [judgements(1, 4, 2, 4)], 1, config, seed=seed)[0])[0]
+        for seed in range(40)
+    }
+    assert found == {("two", "one"), ("two", "three")}  # never the other best one
+    one = [select_pairs([group], [judgements(1, 4, 2, 3)], 1, config, seed=7) for _ in range(2)]
+    assert one[0] == one[1]
+
+
+def of_lengths(make_sample, *lengths):
+    return [
+        dataclasses.replace(make_sample(str(i), i), response_ids=tuple(range(n)))
+        for i, n in enumerate(lengths)
+    ]
+
+
+def test_length_control_takes_short_winners_and_long_losers(make_sample):
+    """Meta-Rewarding: within rho of the range, rho = 0.3 of 0..4 being 1.2."""
+    group = of_lengths(make_sample, 50, 10, 30, 5, 40)
+    verdicts = judgements(4, 3, 2.5, 1, 0)
+    plain, _ = select_pairs([group], [verdicts], 1)
+    controlled, _ = select_pairs([group], [verdicts], 1, PairsConfig(length_control=0.3))
+    assert texts(plain) == [("0", "4")] and texts(controlled) == [("1", "4")]
+    assert controlled[0].chosen_score == 3
+
+
+def test_a_penalty_on_length_changes_the_choice_and_not_the_scores(make_sample):
+    group = of_lengths(make_sample, 100, 10)
+    config = PairsConfig(length_penalty=0.1)
+    [pair], _ = select_pairs([group], [judgements(5.0, 4.0)], 1, config)
+    assert (pair.chosen, pair.chosen_score, pair.rejected_score) == ("1", 4.0, 5.0)
+
+
+def test_the_penalty_that_balances_lengths_is_found(make_sample):
+    """Two prompts whose longer answers are better by 1 and by 9: from 1 / 90 on the first turns."""
+    groups = [of_lengths(make_sample, 100, 10), of_lengths(make_sample, 100, 10)]
+    verdicts = [judgements(5.0, 4.0), judgements(9.0, 0.0)]
+    pairs, _ = select_pairs(groups, verdicts, 1, PairsConfig(balance_length=True))
+    assert texts(pairs) == [("1", "0"), ("0", "1")]
+
+
+@pytest.mark.parametrize(
+    ("settings", "complaint"),
+    [
+        ({"length_control": 0.5}, "below 0.5"),
+        ({"length_control": 0.1, "selection": "all"}, "min_max"),
+        ({"length_penalty": -1.0}, "negative"),
+        ({"length_penalty": 0.1, "balance_length": True}, "balance_length"),
+    ],
+)
+def test_senseless_settings_are_refused(settings, complaint):
+    with pytest.raises(UserError, match=complaint):
+        PairsConfig(**settings)

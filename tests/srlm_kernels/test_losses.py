@@ -64,6 +64,9 @@ FORMULAS = {
         (1 - sigmoid(BETA * (c - rc - r + rr) / 0.5)) * -ls(BETA * (c - rc - r + rr))
         + sigmoid(BETA * (c - rc - r + rr) / 0.5) * math.exp(-BETA * (c - rc - r + rr))
     ),
+    losses.r_dpo(BETA, 0.03): lambda c, r, rc, rr, nc, nr: (
+        -ls(BETA * (c - rc - r + rr) + 0.03 * (nc - nr))
+    ),
     losses.with_nll(losses.dpo(BETA), 0.5): lambda c, r, rc, rr, nc, nr: (
         -ls(BETA * (c - rc - r + rr)) - 0.5 * c / nc
     ),
@@ -273,7 +276,7 @@ def test_empty_responses_do_not_divide_by_zero(trainable):
 
 def test_names_are_trls_and_take_beta():
     names = "sigmoid ipo hinge robust exo_pair nca_pair bco_pair sppo_hard aot aot_unpaired"
-    names += " apo_zero apo_down discopop sigmoid_norm simpo"
+    names += " apo_zero apo_down discopop sigmoid_norm simpo r_dpo"
     assert set(losses.LOSSES) == set(names.split())
     assert losses.LOSSES["sigmoid"](beta=0.2) == losses.dpo(0.2)
     assert all(make(beta=0.2).beta == 0.2 for make in losses.LOSSES.values())

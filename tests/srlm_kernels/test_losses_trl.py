@@ -153,7 +153,7 @@ def test_every_shared_name_is_compared():
     source = inspect.getsource(DPOTrainer._compute_loss)
     known = {name for name in losses.LOSSES if f'loss_type == "{name}"' in source}
     assert known == set(TRL_LOSSES)
-    assert set(losses.LOSSES) - known == {"simpo"}
+    assert set(losses.LOSSES) - known == {"simpo", "r_dpo"}
 
 
 def test_nll_term_is_trls_where_chosen_lengths_are_equal(make_batch):

@@ -20,7 +20,7 @@ SHAPE = {
     "tie_word_embeddings": True, "initializer_range": 0.3,
 }  # fmt: skip
 STEPS, RATE = 20, 1e-4
-KINDS = sorted(set(losses.LOSSES) - {"simpo"})  # which is not TRL's
+KINDS = sorted(set(losses.LOSSES) - {"simpo", "r_dpo"})  # which are not TRL's
 
 
 @pytest.fixture(scope="module")

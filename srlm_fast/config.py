@@ -93,6 +93,9 @@ class TrainConfig:
     # Of several processes: each has all weights, or a share of weights, gradients and optimiser.
     parallel: Literal["replicate", "shard"] = "replicate"
     logging_steps: int = 10
+    eval_steps: int = 0  # steps between evaluations on held-out data, one at the end; 0: none
+    save_steps: int = 0  # steps between checkpoints, from which a stopped training goes on; 0: none
+    save_total_limit: int = 2  # checkpoints kept, the newest; 0: all
 
     def __post_init__(self) -> None:
         _require(self.learning_rate > 0, "learning_rate must be above 0")
@@ -110,6 +113,9 @@ class TrainConfig:
         _require(self.max_grad_norm >= 0, "max_grad_norm must not be negative (0: off)")
         _require(self.max_length >= 0, "max_length must not be negative")
         _require(self.logging_steps >= 1, "logging_steps must be at least 1")
+        _require(self.eval_steps >= 0, "eval_steps must not be negative (0: no evaluation)")
+        _require(self.save_steps >= 0, "save_steps must not be negative (0: no checkpoints)")
+        _require(self.save_total_limit >= 0, "save_total_limit must not be negative (0: keep all)")
 
 
 @dataclass(frozen=True)

@@ -86,6 +86,11 @@ def prepare(config: Config, ranks: Ranks = ALONE) -> Job:
         _check_room(config, check_folder(str(folder)))
         check_memory(config, folder, ranks)
         task = task_from_files(config)
+    if config.sft.eval_steps or (config.preference.eval_steps and not task.test_pairs):
+        raise UserError(
+            "eval_steps needs held-out data, and only spa on data.preferences has some (the test "
+            "pairs, for preference.eval_steps); set it to 0"
+        )
     if config.prompts.source == "dataset" and not task.prompts:
         raise UserError("prompts.source is dataset, but there are none; give --data.prompts")
     return Job(config, task, folder)

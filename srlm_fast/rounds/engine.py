@@ -79,6 +79,7 @@ class Engine:
                 seed=self.run.seed(name),
                 pad_id=self.template.pad_id,
                 log=self.run.logger(f"train/{name}"),
+                checkpoint=self._state(name),
                 ranks=self.run.ranks,
             )
 
@@ -91,11 +92,13 @@ class Engine:
         *,
         fixed: Path,
         refine: Refinement | None = None,
+        eval_pairs: Sequence[Preference] = (),
         **changes: Any,
     ) -> None:
         """Train the resident model on `pairs` into model `name`, against its own start.
 
         fixed: the reference instead, where the configuration says `reference: fixed`.
+        eval_pairs: held-out labels, for `preference.eval_steps`.
         """
         config = self._fit(replace(self.config.preference, **changes))
 
@@ -105,8 +108,7 @@ class Engine:
                 reference = frozen_copy(self.model)
             if config.reference == "fixed":
                 load_weights(reference, fixed)
-            cache = self.run.folder / "state" / name
-            summary = train_preference(
+            return train_preference(
                 self.model,
                 reference,
                 pairs,
@@ -116,12 +118,11 @@ class Engine:
                 seed=self.run.seed(name),
                 pad_id=self.template.pad_id,
                 log=self.run.logger(f"train/{name}"),
-                cache=cache,
+                eval_pairs=self.gold_pairs(eval_pairs) if config.eval_steps else (),
+                cache=self._state(name),
+                checkpoint=self._state(name),
                 ranks=self.run.ranks,
             )
-            if self.run.ranks.main:
-                shutil.rmtree(cache, ignore_errors=True)
-            return summary
 
         self._become(name, train)
 
@@ -210,6 +211,7 @@ class Engine:
         """Make the resident model `name`: by training it, or from disk where that is finished."""
         stage = f"train/{name}"
         if self.run.done(stage):
+            self._forget(name)
             return self.use(self.folder(name))
 
         def train_and_save() -> dict[str, Any]:
@@ -220,7 +222,17 @@ class Engine:
             return summary
 
         self.run.result(stage, train_and_save, made=f"models/{name}")
-        return None
+        return self._forget(name)
+
+    def _state(self, name: str) -> Path:
+        """Where a training that is under way keeps what it needs to go on."""
+        return self.run.folder / "state" / name
+
+    def _forget(self, name: str) -> None:
+        """A finished training, or one that was stopped just before it could do this, needs none."""
+        self.run.ranks.barrier()  # no rank reads it any more
+        if self.run.ranks.main:
+            shutil.rmtree(self._state(name), ignore_errors=True)
 
     def _sampler(self, model: Any, **options: Any) -> Sampler:
         if self.run.ranks.world > 1:

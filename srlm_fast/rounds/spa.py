@@ -33,6 +33,7 @@ def spread_preference_annotation(engine: Engine, task: Task) -> None:
         "DPO",
         gold,
         fixed=initial,
+        eval_pairs=task.test_pairs,
         num_train_epochs=config.spa.seed_epochs,
         learning_rate=config.spa.seed_learning_rate or config.preference.learning_rate,
     )
@@ -45,7 +46,7 @@ def spread_preference_annotation(engine: Engine, task: Task) -> None:
         samples = candidates(engine, prompts, i)
         verdicts = judgements(engine, samples, i, initial=initial)
         pairs = best_and_worst(engine, samples, verdicts, i)
-        engine.dpo(name, pairs, fixed=initial, refine=refine)
+        engine.dpo(name, pairs, fixed=initial, refine=refine, eval_pairs=task.test_pairs)
         evaluate(engine, task, name, round=i, previous=previous, initial=initial, pairs=pairs)
         previous = name
 

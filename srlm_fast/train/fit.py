@@ -1,9 +1,9 @@
-"""The loop that SFT and preference training share: backward, update, log."""
+"""The loop that SFT and preference training share: backward, update, log, evaluate, save."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -15,6 +15,7 @@ from srlm_fast.config import TrainConfig
 from srlm_fast.errors import UserError
 from srlm_fast.model.checkpointing import checkpointed
 from srlm_fast.parallel import ALONE, Ranks
+from srlm_fast.train.checkpoint import Checkpoint, Checkpoints, Stateful
 from srlm_fast.train.metrics import Log, Metrics, Micro
 from srlm_fast.train.optim import Optimizer, lr_factor
 from srlm_fast.train.plan import MicroBatches
@@ -25,6 +26,8 @@ from srlm_fast.train.sharded import check_replicas
 # out on any rank it is dropped and called anew for the same step, with smaller micro-batches: after
 # the first of them is yielded, it must not wait for another rank.
 StepFunction = Callable[[int, Sequence[int], Sequence[Sequence[int]]], Iterator[Micro]]
+# Means over held-out data by name, the same on all ranks. It must leave everything as it was.
+Evaluate = Callable[[], dict[str, float]]
 
 OUT_OF_MEMORY = (
     "out of memory: a training whose weights are sharded cannot go on from there; set a lower"
@@ -42,6 +45,9 @@ def fit(
     log: Log,
     name: str,
     ranks: Ranks = ALONE,
+    evaluate: Evaluate | None = None,
+    checkpoints: Checkpoints | None = None,
+    parts: Mapping[str, Stateful] | None = None,
 ) -> dict[str, Any]:
     """Trains `model` in place over the optimiser steps of `plan` (see `plan_steps`).
 
@@ -55,71 +61,161 @@ def fit(
     Raises UserError when there are too many of the former, see `Optimizer`, or when a single item
     does not fit into memory.
 
+    `evaluate` is called, and logged with names that begin with eval_, every `eval_steps` and at the
+    end. With `checkpoints`, one is written every `save_steps`, and a training that finds one goes
+    on from there: `log` gets the rows from before it again, and all that follows is as if the
+    training had not been stopped. `model` comes with its start weights then too. `parts` is what
+    else the steps change.
+
     Each of several `ranks` computes its share of every step, on the whole model or, where `ranks`
     are sharded, on its share of one. All get the same log and summary, and the result is that of
     one rank, to rounding. With a sharded model memory that runs out ends the training, with a
     UserError on that rank only; its process must end then, as the others wait for it.
     """
-    optimizer, metrics = Optimizer(model, config, ranks), Metrics(_zero(model), ranks)
-    steps, num_tokens, out_of_memory = len(plan), 0, 0
-    losses: list[Tensor] = []
-    upstream = ranks.world if ranks.sharded else 1  # makes sums of averages over the ranks
-
-    def gradients(step: int, items: Sequence[int]) -> int | None:
-        """The tokens of a step whose gradients are collected; None: some rank's memory ran out."""
-        tokens, memory_ran_out = 0, False
-        try:
-            for micro in step_function(step, items, micro_batches.mine(items)):
-                (micro.loss * upstream).backward()  # type: ignore[no-untyped-call]
-                optimizer.collect()
-                metrics.add(micro)
-                tokens += micro.num_tokens
-        except torch.OutOfMemoryError:
-            if ranks.sharded:  # in the midst of what all ranks do together
-                raise UserError(OUT_OF_MEMORY) from None
-            memory_ran_out = True
-        return None if ranks.any(memory_ran_out) else tokens
-
+    training = _Training(model, config, plan, micro_batches, step_function, log, ranks, parts or {})
     if not ranks.sharded:
         check_replicas(model, ranks)
     with _prepared(model, config):
-        bar = tqdm(plan, desc=name, unit="step", disable=None if ranks.main else True)
-        for step, items in enumerate(bar):
-            while (tokens := gradients(step, items)) is None:
-                optimizer.discard()
-                metrics.discard_step()
-                micro_batches.halve(items)
-                out_of_memory += 1
-                warnings.warn(
-                    f"out of memory in step {step + 1}: it is done again, and from now on with at"
-                    f" most {micro_batches.max_tokens} tokens in a forward",
-                    stacklevel=2,
-                )
-            num_tokens += tokens
-            losses.append(metrics.step_loss())
-            optimizer.reduce(losses[-1])
-            factor = lr_factor(config, step, steps)
-            metrics.end_step(*optimizer.step(losses[-1], factor))
-            if (step + 1) % config.logging_steps == 0 or step + 1 == steps:
-                optimizer.check()
-                place = {
-                    "learning_rate": config.learning_rate * factor,
-                    "epoch": config.num_train_epochs * (step + 1) / steps,
-                    "step": step + 1,
-                    "num_tokens": sum(ranks.gather([num_tokens])),
-                }
-                log({**metrics.read(), **place})
+        if found := checkpoints and checkpoints.newest():
+            training.restore(found)
+        bar = tqdm(
+            plan[training.step :], name, len(plan), unit="step", initial=training.step,
+            disable=None if ranks.main else True,
+        )  # fmt: skip
+        for items in bar:
+            training.update(items)
+            if training.is_due(config.logging_steps, at_the_end=True):
+                training.report()
+            if evaluate and training.is_due(config.eval_steps, at_the_end=config.eval_steps > 0):
+                training.tell({f"eval_{key}": value for key, value in evaluate().items()})
+            if checkpoints and training.is_due(config.save_steps):
+                checkpoints.write(training.checkpoint())
     if not ranks.sharded:
         check_replicas(model, ranks)
-    first, last, skipped = torch.stack([losses[0], losses[-1], optimizer.skipped]).tolist()
-    return {
-        "steps": steps,
-        "num_tokens": sum(ranks.gather([num_tokens])),
-        "loss_first": first,
-        "loss_last": last,
-        "skipped_steps": int(skipped),
-        "out_of_memory": out_of_memory,
-    }
+    return training.summary()
+
+
+class _Training:
+    """A training and how far it is."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: TrainConfig,
+        plan: Sequence[Sequence[int]],
+        micro_batches: MicroBatches,
+        step_function: StepFunction,
+        log: Log,
+        ranks: Ranks,
+        parts: Mapping[str, Stateful],
+    ) -> None:
+        self._config, self._steps, self._micro_batches = config, len(plan), micro_batches
+        self._step_function, self._log, self._ranks = step_function, log, ranks
+        self._upstream = ranks.world if ranks.sharded else 1  # makes sums of averages over ranks
+        self._zero = _zero(model)
+        self._optimizer = Optimizer(model, config, ranks)
+        self._metrics = Metrics(self._zero, ranks)
+        self._parts = {**parts, "metrics": self._metrics}
+        self.step = 0
+        """Steps that are done."""
+        self._num_tokens, self._out_of_memory = 0, 0
+        self._losses: list[Tensor] = []  # of the first step and of the last
+        self._rows: list[dict[str, float]] = []
+
+    def update(self, items: Sequence[int]) -> None:
+        """One step on `items`."""
+        while (tokens := self._gradients(items)) is None:
+            self._optimizer.discard()
+            self._metrics.discard_step()
+            self._micro_batches.halve(items)
+            self._out_of_memory += 1
+            warnings.warn(
+                f"out of memory in step {self.step + 1}: it is done again, and from now on with at"
+                f" most {self._micro_batches.max_tokens} tokens in a forward",
+                stacklevel=3,
+            )
+        self._num_tokens += tokens
+        loss = self._metrics.step_loss()
+        self._optimizer.reduce(loss)
+        self._losses = [*self._losses[:1], loss]
+        factor = lr_factor(self._config, self.step, self._steps)
+        self._metrics.end_step(*self._optimizer.step(loss, factor))
+        self.step += 1
+
+    def _gradients(self, items: Sequence[int]) -> int | None:
+        """The tokens of a step whose gradients are collected; None: some rank's memory ran out."""
+        tokens, memory_ran_out = 0, False
+        try:
+            mine = self._micro_batches.mine(items)
+            for micro in self._step_function(self.step, items, mine):
+                (micro.loss * self._upstream).backward()  # type: ignore[no-untyped-call]
+                self._optimizer.collect()
+                self._metrics.add(micro)
+                tokens += micro.num_tokens
+        except torch.OutOfMemoryError:
+            if self._ranks.sharded:  # in the midst of what all ranks do together
+                raise UserError(OUT_OF_MEMORY) from None
+            memory_ran_out = True
+        return None if self._ranks.any(memory_ran_out) else tokens
+
+    def is_due(self, interval: int, *, at_the_end: bool = False) -> bool:
+        """Whether it is time for what is done after every `interval` steps (0: never)."""
+        is_last = at_the_end and self.step == self._steps
+        return is_last or (interval > 0 and self.step % interval == 0)
+
+    def report(self) -> None:
+        """Logs the means since the last report, if the training is sound."""
+        self._optimizer.check()
+        factor = lr_factor(self._config, self.step - 1, self._steps)
+        rate = {"learning_rate": self._config.learning_rate * factor}
+        num_tokens = sum(self._ranks.gather([self._num_tokens]))
+        self.tell({**self._metrics.read(), **rate}, num_tokens=num_tokens)
+
+    def tell(self, row: dict[str, float], **more: float) -> None:
+        """Logs `row` with the place in the training."""
+        epoch = self._config.num_train_epochs * self.step / self._steps
+        self._rows.append({**row, "epoch": epoch, "step": self.step, **more})
+        self._log(dict(self._rows[-1]))
+
+    def checkpoint(self) -> Checkpoint:
+        """Everything that steps have changed, on all ranks."""
+        own = {
+            "num_tokens": self._num_tokens,
+            "out_of_memory": self._out_of_memory,
+            "max_tokens": self._micro_batches.max_tokens,
+            "losses": [float(loss) for loss in self._losses],
+        }
+        mine = {name: part.state() for name, part in self._parts.items()}
+        states = self._ranks.gather([{"training": own, **mine}])
+        return Checkpoint(self.step, self._rows, states, self._optimizer.state())
+
+    def restore(self, found: Checkpoint) -> None:
+        """Becomes what `found` was made of, and logs its rows again."""
+        state = found.states[self._ranks.rank]
+        self.step, own = found.step, state["training"]
+        self._num_tokens, self._out_of_memory = own["num_tokens"], own["out_of_memory"]
+        self._micro_batches.max_tokens = own["max_tokens"]
+        self._losses = [self._zero.new_tensor(loss) for loss in own["losses"]]
+        for name, part in self._parts.items():
+            part.restore(state[name])
+        self._optimizer.restore(dict(found.tensors))
+        for row in found.rows:
+            self._rows.append(row)
+            self._log(dict(row))
+
+    def summary(self) -> dict[str, Any]:
+        """What `fit` returns."""
+        first, last, skipped = torch.stack(
+            [self._losses[0], self._losses[-1], self._optimizer.skipped]
+        ).tolist()
+        return {
+            "steps": self._steps,
+            "num_tokens": sum(self._ranks.gather([self._num_tokens])),
+            "loss_first": first,
+            "loss_last": last,
+            "skipped_steps": int(skipped),
+            "out_of_memory": self._out_of_memory,
+        }
 
 
 def _zero(model: nn.Module) -> Tensor:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import zip_longest
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -74,6 +75,18 @@ class Metrics:
         self._total = row
         self._micros, self._count = [], 0
 
+    def state(self) -> dict[str, Any]:
+        """What this rank has summed since the last read, between steps; for `restore`."""
+        return {
+            "names": self._names,
+            "total": None if self._total is None else self._total.tolist(),
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Takes up what `state` gave."""
+        self._names, total = state["names"], state["total"]
+        self._total = None if total is None else self._like.new_tensor(total)
+
     def read(self) -> dict[str, float]:
         """Means since the last read, of one transfer: loss and grad_norm over steps, the rest over
         what they count on all ranks; NaN if no step was taken."""
@@ -87,3 +100,48 @@ class Metrics:
         taken, counted = steps or math.nan, count or math.nan
         means = {name: value / counted for name, value in zip(names, sums, strict=True)}
         return {"loss": loss / taken, "grad_norm": grad_norm / taken, **means}
+
+
+class LateMeans:
+    """Means over the steps from `start` on, of all `ranks`; micro-batches of which a sum is not
+    finite are left out."""
+
+    def __init__(self, start: int, ranks: Ranks = ALONE) -> None:
+        self._start, self._ranks = start, ranks
+        self._names: list[str] = []
+        self._steps: dict[int, list[tuple[int, Tensor]]] = {}
+        self._micros: list[tuple[int, Tensor]] = []
+
+    def begin_step(self, step: int) -> None:
+        """A step that begins again has nothing yet."""
+        self._micros = []
+        if step >= self._start:
+            self._steps[step] = self._micros
+
+    def add(self, count: int, sums: dict[str, Tensor]) -> None:
+        """Takes in a micro-batch of the step under way: 0-d sums over what it counts."""
+        self._names = list(sums)
+        self._micros.append((count, torch.stack([*sums.values()])))
+
+    def state(self) -> dict[str, Any]:
+        """The steps of this rank, for `restore`."""
+        steps = [(s, [(n, sums.tolist()) for n, sums in self._steps[s]]) for s in self._steps]
+        return {"names": self._names, "steps": steps}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Takes up what `state` gave."""
+        self._names = state["names"]
+        for step, micros in state["steps"]:
+            # float64 holds the sums of any dtype.
+            kept = [(count, torch.tensor(sums, dtype=torch.float64)) for count, sums in micros]
+            self._steps[step] = kept
+
+    def means(self) -> dict[str, float]:
+        """By name; none where nothing was finite."""
+        mine = [(n, sums.tolist()) for micros in self._steps.values() for n, sums in micros]
+        names = max(self._ranks.gather([self._names]), key=len)
+        rows = [(n, sums) for n, sums in self._ranks.gather(mine) if all(map(math.isfinite, sums))]
+        count = sum(n for n, _ in rows)
+        return {
+            name: sum(sums[i] for _, sums in rows) / count for i, name in enumerate(names) if count
+        }

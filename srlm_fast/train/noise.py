@@ -10,7 +10,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -159,6 +159,27 @@ class NoiseDetector:
         self._seen = torch.cat([self._seen, margins])[-self.window :]
         if len(self._seen) == self.window:
             self.tau = quantile(self._seen, self.refine.k_percent)
+
+    def state(self) -> dict[str, Any]:
+        """What the steps of this rank have left, between two of them; for `restore`."""
+        return {
+            "tau": float(self.tau),
+            "seen": self._seen.tolist(),
+            "order": list(self._order),
+            "step": [(list(indices), margins.tolist()) for indices, margins in self._step],
+            "means": [float(mean) for mean in self._means],
+            "scored_at": self._scored_at,
+            "flagged": [(step, list(indices), f.tolist()) for step, indices, f in self._flagged],
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Takes up what `state` gave; alpha follows from the next step's number."""
+        like = self.tau
+        self.tau, self._seen = like.new_tensor(state["tau"]), like.new_tensor(state["seen"])
+        self._order, self._scored_at = state["order"], state["scored_at"]
+        self._step = [(indices, like.new_tensor(margins)) for indices, margins in state["step"]]
+        self._means.extend(like.new_tensor(mean) for mean in state["means"])
+        self._flagged = [(step, i, like.new_tensor(f).bool()) for step, i, f in state["flagged"]]
 
     def flags(self, num_pairs: int) -> list[bool | None]:
         """For each pair whether it was flagged when last trained on; None: alpha was 0."""

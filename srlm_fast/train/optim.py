@@ -49,7 +49,8 @@ class Optimizer:
 
     def __init__(self, model: nn.Module, config: TrainConfig, ranks: Ranks = ALONE) -> None:
         self._ranks = ranks
-        self.params = [p for p in model.parameters() if p.requires_grad]
+        named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        self._names, self.params = [name for name, _ in named], [p for _, p in named]
         if not self.params:
             raise ValueError("the model has no trainable parameters")
         self.masters = [_master(p) for p in self.params]
@@ -114,14 +115,48 @@ class Optimizer:
         elif bool(taken):
             self._adamw.step()
         self._adamw.zero_grad(set_to_none=True)
-        for param, master in self._apart:
-            if param.dtype != master.dtype:  # or else it is the same memory
-                own_share(param).copy_(master)
+        self._copy_to_params()
         skipped = (~taken).float()
         self.skipped = self.skipped + skipped
         self._streak = (self._streak + 1) * skipped
         self._worst = torch.maximum(self._worst, self._streak)
         return norm, taken
+
+    def _copy_to_params(self) -> None:
+        for param, master in self._apart:
+            if param.dtype != master.dtype:  # or else it is the same memory
+                own_share(param).copy_(master)
+
+    def state(self) -> dict[str, Tensor]:
+        """All that steps change, by what it is and the parameter's name; not copied. Of sharded
+        weights it is this rank's share."""
+        found = {"skipped": self.skipped, "streak": self._streak, "worst": self._worst}
+        for name, master in zip(self._names, self.masters, strict=True):
+            found[f"weight/{name}"] = master.detach()
+            for kind, value in self._adamw.state.get(master, {}).items():
+                found[f"{kind}/{name}"] = value
+        return found
+
+    @torch.no_grad()
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """Takes up what `state` gave, weights of the model included."""
+        moments: dict[str, dict[str, Tensor]] = {}
+        for key, value in state.items():
+            kind, _, name = key.partition("/")
+            if name and kind != "weight":
+                moments.setdefault(name, {})[kind] = value
+        name_of = {}
+        for name, master in zip(self._names, self.masters, strict=True):
+            master.copy_(state[f"weight/{name}"])
+            name_of[master] = name
+        self._copy_to_params()
+        groups = self._adamw.state_dict()["param_groups"]
+        order = [name_of[p] for group in self._adamw.param_groups for p in group["params"]]
+        numbered = {i: moments[name] for i, name in enumerate(order) if name in moments}
+        self._adamw.load_state_dict({"state": numbered, "param_groups": groups})
+        self.skipped, self._streak, self._worst = (
+            state[name].to(self.skipped.device) for name in ("skipped", "streak", "worst")
+        )
 
     def check(self) -> None:
         """Waits for the device; raises UserError if MAX_STREAK steps in a row were not finite."""

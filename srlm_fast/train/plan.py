@@ -18,11 +18,14 @@ from srlm_fast.train.batches import Layout, Row
 Item = tuple[Row, ...]
 
 
-def usable_items(items: Sequence[Item], max_length: int) -> tuple[list[int], Counter[str]]:
+def usable_items(
+    items: Sequence[Item], max_length: int, what: str = "training"
+) -> tuple[list[int], Counter[str]]:
     """Indices of the items that can be trained on, and the number dropped by reason.
 
     `too_long`: a row exceeds `max_length` tokens. `empty`: a row has no prompt or no response, so
-    nothing in it is predicted. Raises UserError when there were no items or none is left.
+    nothing in it is predicted. Raises UserError when there were no items or none is left;
+    `what` they are for is said then.
     """
     if not items:
         raise UserError("there is nothing to train on: the training set is empty")
@@ -42,7 +45,7 @@ def usable_items(items: Sequence[Item], max_length: int) -> tuple[list[int], Cou
             if dropped["too_long"]
             else "give rows that have a prompt and a response"
         )
-        raise UserError(f"all {len(items)} training rows were dropped ({dict(dropped)}): {cure}")
+        raise UserError(f"all {len(items)} {what} rows were dropped ({dict(dropped)}): {cure}")
     return kept, dropped
 
 

@@ -20,9 +20,11 @@ from srlm_fast.model.forward import lm_head
 from srlm_fast.model.load import context_length
 from srlm_fast.parallel import ALONE, Ranks
 from srlm_fast.train.batches import Batch, Layout, collate
+from srlm_fast.train.checkpoint import checkpoints_of
+from srlm_fast.train.evaluation import held_out_items, held_out_means
 from srlm_fast.train.fit import fit
 from srlm_fast.train.layout import choose_layout
-from srlm_fast.train.metrics import Log, Micro
+from srlm_fast.train.metrics import LateMeans, Log, Micro
 from srlm_fast.train.noise import NoiseDetector, Refinement
 from srlm_fast.train.plan import Item, MicroBatches, plan_steps, usable_items
 from srlm_fast.train.reference import Reference, choose_reference
@@ -49,13 +51,16 @@ def train_preference(
     pad_id: int,
     log: Log,
     reference_is_start: bool = True,
+    eval_pairs: Sequence[Pair] = (),
     cache: Path | None = None,
+    checkpoint: Path | None = None,
     ranks: Ranks = ALONE,
 ) -> dict[str, Any]:
     """Trains `model` in place against the frozen `reference` on the token ids of `pairs`.
 
     Where `config.reference_cache` is not "none", `reference` runs once before the training and may
-    be `model` itself; "states" are kept in the folder `cache`, which may be removed afterwards.
+    be `model` itself; what it gave is kept in the folder `cache`, which may be removed afterwards
+    ("logps" need none).
 
     The loss is `config.loss_type` with `config.beta` on summed log-probs, averaged over the pairs
     of an optimiser step, plus `config.rpo_alpha` times the chosen response's mean negative
@@ -65,7 +70,10 @@ def train_preference(
     RuntimeError is raised, before any weight changes, if not.
 
     `log` gets TRL's metrics (`fit`'s, logps/*, rewards/*) and with `refine` spa/tau,
-    spa/flagged_share and spa/extrapolated_margin (beta-scaled).
+    spa/flagged_share and spa/extrapolated_margin (beta-scaled); with `config.eval_steps` also the
+    means over the usable `eval_pairs` as eval_loss (without label refinement) and eval_rewards/*.
+    checkpoint: the folder for `config.save_steps`; called again with the same arguments, the start
+    weights of `model` and those of `reference` included, a training that was stopped goes on.
     Returns `fit`'s summary and: `pairs` trained on; `dropped` by reason; `margins` (beta-scaled),
     `accuracies`, and against the reference, in nats, `chosen_logp_change` and
     `rejected_logp_change`, each a mean over the last quarter of the steps; with `refine`, `flags`
@@ -74,60 +82,48 @@ def train_preference(
     Raises UserError when no pair is left, the loss is unknown or training diverges.
     """
     _check_cache(config, refine, own=reference is model)
-    items = [((p.prompt_ids, p.chosen_ids), (p.prompt_ids, p.rejected_ids)) for p in pairs]
-    kept, dropped = usable_items(items, config.max_length or context_length(model))
-    plan = plan_steps(kept, config, seed)
-    layout, loss = choose_layout(model, config), pair_loss(config)
+    items = [
+        ((p.prompt_ids, p.chosen_ids), (p.prompt_ids, p.rejected_ids))
+        for p in (*pairs, *eval_pairs)
+    ]
+    max_length = config.max_length or context_length(model)
+    kept, dropped = usable_items(items[: len(pairs)], max_length)
+    held_out = held_out_items(items, len(pairs), config, max_length)
+    plan, layout = plan_steps(kept, config, seed), choose_layout(model, config)
+    loss, size = pair_loss(config), config.per_device_train_batch_size
     with placed(config, ranks, model, reference) as (ranks, (model, reference)):
-        micro_batches = MicroBatches(items, config, layout, ranks)
-        extrapolation = refine.lam if refine else None
-        forward = PairForward(model, items, config, layout, pad_id, extrapolation)
-
-        def all_micros() -> list[list[int]]:
-            return micro_batches.forwards(kept, config.per_device_train_batch_size)
-
-        compared = choose_reference(reference, config, all_micros(), forward.collate, cache, ranks)
-        dtype = torch.promote_types(model.dtype, torch.float32)
-        noise = refine and NoiseDetector(
-            refine,
-            beta=config.beta,
-            num_pairs=len(kept),
-            steps=len(plan),
-            like=torch.zeros((), device=model.device, dtype=dtype),
-            ranks=ranks,
-        )
-        late: dict[int, list[tuple[int, Tensor]]] = {}
-
-        def score() -> Tensor:
-            return forward.ext_margins(all_micros(), compared, loss, ranks)
-
-        def step_function(
-            step: int, step_items: Sequence[int], micros: Sequence[Sequence[int]]
-        ) -> Iterator[Micro]:
-            if step >= 3 * len(plan) // 4:
-                late[step] = []
-            if noise:
-                noise.begin_step(step, score, micro_batches.in_order(step_items))
-            for indices in micros:
-                if len(indices) < len(step_items) and getattr(loss, "coupled", False):
-                    warnings.warn(CUT.format(config.loss_type), stacklevel=2)
-                loss_fn = noise.loss() if noise else loss
-                result, batch = forward(indices, compared, loss_fn, scale=1 / len(step_items))
-                if step == 0 and reference_is_start and indices:
-                    check_start(result, loss_fn, batch, config.rpo_alpha, compared.floor)
-                sums = _pair_metrics(result, config.beta)
-                if step in late:
-                    late[step].append((len(indices), torch.stack([*sums.values()])))
-                if noise:
-                    sums |= noise.observe(indices, result.ext_margins)
-                yield Micro(result.loss, len(indices), batch.num_tokens, sums)
-
-        summary = fit(
-            model, config, plan, micro_batches, step_function, log=log, name="preference",
+        # Both are of the start weights: those of a checkpoint come only in `fit`.
+        checkpoints = checkpoints_of(
+            checkpoint, config, items, [model, reference], "preference", len(pairs), seed, refine,
             ranks=ranks,
         )  # fmt: skip
-        last = ranks.gather([(n, sums.tolist()) for micros in late.values() for n, sums in micros])
-        summary |= {"pairs": len(kept), "dropped": dict(dropped), **_late_means(last, config.beta)}
+        micro_batches = MicroBatches(items, config, layout, ranks)
+        forward = PairForward(model, items, config, layout, pad_id, refine.lam if refine else None)
+        compared = choose_reference(
+            reference, config,
+            micro_batches.forwards(kept, size) + micro_batches.forwards(held_out, size),
+            forward.collate, cache or checkpoint, ranks,
+        )  # fmt: skip
+        dtype = torch.promote_types(model.dtype, torch.float32)
+        noise = refine and NoiseDetector(
+            refine, beta=config.beta, num_pairs=len(kept), steps=len(plan),
+            like=torch.zeros((), device=model.device, dtype=dtype), ranks=ranks,
+        )  # fmt: skip
+        late = LateMeans(3 * len(plan) // 4, ranks)
+        steps = _Steps(
+            forward, compared, loss, kept, micro_batches, noise, late, ranks, reference_is_start
+        )
+
+        def evaluate() -> dict[str, float]:
+            return held_out_means(model, held_out, config, micro_batches, steps.eval_sums, ranks)
+
+        summary = fit(
+            model, config, plan, micro_batches, steps, log=log, name="preference", ranks=ranks,
+            evaluate=evaluate if held_out else None, checkpoints=checkpoints,
+            parts={"late": late, **({"noise": noise} if noise else {})},
+        )  # fmt: skip
+        late_means = _late(late.means(), config.beta)
+        summary |= {"pairs": len(kept), "dropped": dict(dropped), **late_means}
         if noise:
             summary["flags"] = noise.flags(len(pairs))
     return summary
@@ -271,6 +267,53 @@ class PairForward:
         return margins
 
 
+@dataclass(frozen=True)
+class _Steps:
+    """What a step computes, and an evaluation; `kept` are all that the training has of `items`."""
+
+    forward: PairForward
+    reference: Reference
+    loss: Callable[..., Tensor]
+    kept: Sequence[int]
+    micro_batches: MicroBatches
+    noise: NoiseDetector | None
+    late: LateMeans
+    ranks: Ranks
+    reference_is_start: bool
+
+    def __call__(
+        self, step: int, items: Sequence[int], micros: Sequence[Sequence[int]]
+    ) -> Iterator[Micro]:
+        """See `fit.StepFunction`."""
+        config, noise = self.forward.config, self.noise
+        self.late.begin_step(step)
+        if noise:
+            noise.begin_step(step, self._score, self.micro_batches.in_order(items))
+        for indices in micros:
+            if len(indices) < len(items) and getattr(self.loss, "coupled", False):
+                warnings.warn(CUT.format(config.loss_type), stacklevel=2)
+            loss = noise.loss() if noise else self.loss
+            result, batch = self.forward(indices, self.reference, loss, scale=1 / len(items))
+            if step == 0 and self.reference_is_start and indices:
+                check_start(result, loss, batch, config.rpo_alpha, self.reference.floor)
+            sums = _pair_metrics(result, config.beta)
+            self.late.add(len(indices), sums)
+            if noise:
+                sums |= noise.observe(indices, result.ext_margins)
+            yield Micro(result.loss, len(indices), batch.num_tokens, sums)
+
+    def _score(self) -> Tensor:
+        size = self.forward.config.per_device_train_batch_size
+        micros = self.micro_batches.forwards(self.kept, size)
+        return self.forward.ext_margins(micros, self.reference, self.loss, self.ranks)
+
+    def eval_sums(self, indices: Sequence[int]) -> tuple[int, dict[str, Tensor]]:
+        """Of held-out pairs, whose labels are not refined."""
+        result, _ = self.forward(indices, self.reference, self.loss, scale=1.0)
+        metrics = _pair_metrics(result, self.forward.config.beta)
+        return len(indices), {"loss": result.losses.sum(), **metrics}
+
+
 def _pair_metrics(result: PreferenceLoss, beta: float) -> dict[str, Tensor]:
     """TRL's metrics, summed over the pairs; rewards are beta times the log-ratio."""
     reward = beta * (result.logp - result.ref_logp)
@@ -285,14 +328,11 @@ def _pair_metrics(result: PreferenceLoss, beta: float) -> dict[str, Tensor]:
     }
 
 
-def _late_means(late: Sequence[tuple[int, list[float]]], beta: float) -> dict[str, float]:
-    """Means over micro-batches of (pairs, `_pair_metrics` sums); non-finite ones are left out."""
-    finite = [(count, sums) for count, sums in late if all(map(math.isfinite, sums))]
-    count = sum(count for count, _ in finite) or math.nan
-    means = [sum(sums[i] for _, sums in finite) / count for i in range(2, 6)]
+def _late(means: dict[str, float], beta: float) -> dict[str, float]:
+    """Of the summary: means over the last steps, changes of log-probs in nats."""
     return {
-        "margins": means[3],
-        "accuracies": means[2],
-        "chosen_logp_change": means[0] / beta,
-        "rejected_logp_change": means[1] / beta,
+        "margins": means.get("rewards/margins", math.nan),
+        "accuracies": means.get("rewards/accuracies", math.nan),
+        "chosen_logp_change": means.get("rewards/chosen", math.nan) / beta,
+        "rejected_logp_change": means.get("rewards/rejected", math.nan) / beta,
     }

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from srlm_fast.config import PreferenceConfig
@@ -116,7 +116,7 @@ def choose_reference(
     Raises ValueError when states are to be kept and there is no `folder`.
     """
     if config.reference_cache == "logps":
-        return cache_logps(model, micros, collate, ranks)
+        return cache_logps(model, micros, collate, folder, ranks)
     if config.reference_cache == "states":
         if folder is None:
             raise ValueError("reference_cache='states' needs a folder for its files")
@@ -126,17 +126,58 @@ def choose_reference(
 
 
 def cache_logps(
-    model: Any, micros: Sequence[Sequence[int]], collate: Collate, ranks: Ranks = ALONE
+    model: Any,
+    micros: Sequence[Sequence[int]],
+    collate: Collate,
+    folder: Path | None = None,
+    ranks: Ranks = ALONE,
 ) -> CachedLogps:
-    """Those of `model` as it is now, for the items of `micros`; `collate` makes a batch of one."""
-    with inference(model):
-        mine = [_sums(model, collate(micro)).cpu() for micro in ranks.share(micros, [])]
-    sums = ranks.gather(mine)[: len(micros)]
-    found = sums[0].new_full((max(map(max, micros)) + 1, 2), torch.nan)
-    for micro, part in zip(micros, sums, strict=True):
-        found[list(micro)] = part
-    found = found.to(model.device)
-    return CachedLogps(found, _floor(model, micros, collate))
+    """Those of `model` as it is now, for the items of `micros`; `collate` makes a batch of one.
+
+    They are kept in `folder`, if there is one, under a name that other weights or items do not
+    have, and found there the next time.
+    """
+    path = None
+    if folder:
+        digests = [_digest(_ids(collate(micro), micro)) for micro in micros]
+        path = folder / f"logps-{_digest([fingerprint(model), digests])}.safetensors"
+    found = ranks.from_main(_read(path) if path and ranks.main else None)
+    if found is None:
+        with inference(model):
+            mine = [_sums(model, collate(micro)).cpu() for micro in ranks.share(micros, [])]
+        parts = ranks.gather(mine)[: len(micros)]
+        sums = parts[0].new_full((max(map(max, micros)) + 1, 2), torch.nan)
+        for micro, part in zip(micros, parts, strict=True):
+            sums[list(micro)] = part
+        floor = torch.tensor(_floor(model, micros, collate), dtype=torch.float64)
+        found = {"sums": sums, "floor": floor}
+        if path and ranks.main:
+            _write(path, found)
+    return CachedLogps(found["sums"].to(model.device), float(found["floor"]))
+
+
+def _ids(batch: Batch, micro: Sequence[int]) -> list[list[int]]:
+    """What a cached batch is recognised by."""
+    return [batch.input_ids.tolist(), batch.rows.tolist(), list(micro)]
+
+
+def _digest(thing: Any) -> str:
+    return hashlib.sha256(json.dumps(thing).encode()).hexdigest()[:24]
+
+
+def _read(path: Path) -> dict[str, Tensor] | None:
+    """None: there is no such file, or it is damaged."""
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError):
+        return None
+
+
+def _write(path: Path, tensors: dict[str, Tensor]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    save_file(tensors, partial)
+    os.replace(partial, path)
 
 
 def _sums(model: Any, batch: Batch) -> Tensor:
@@ -184,13 +225,10 @@ def cache_states(
     The files of other weights or items have other names; those that are there already are kept, so
     that a caching pass that was interrupted goes on.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    place, files, weights = {}, [], _fingerprint(model)
+    place, files, weights = {}, [], fingerprint(model)
     for micro in micros:
         batch = collate(micro)
-        ids = [batch.input_ids.tolist(), batch.rows.tolist(), list(micro)]
-        digest = hashlib.sha256(f"{weights}/{json.dumps(ids)}".encode()).hexdigest()
-        files.append(folder / f"states-{digest[:24]}.safetensors")
+        files.append(folder / f"states-{_digest([weights, _ids(batch, micro)])}.safetensors")
         ends = batch.cu_seqlens[::2].tolist()
         for i, index in enumerate(micro):
             place[index] = (files[-1].name, ends[i], ends[i + 1])
@@ -201,9 +239,7 @@ def cache_states(
             batch = collate(micro)
             states = batch.states(model)[batch.rows].cpu()
             if micro:
-                partial = path.with_suffix(".partial")
-                save_file({"states": states}, partial)
-                os.replace(partial, path)
+                _write(path, {"states": states})
     ranks.barrier()
     head: Head = lm_head(model)
     bias = None if head.bias is None else head.bias.detach().clone()
@@ -211,7 +247,7 @@ def cache_states(
     return CachedStates(folder, place, head.weight.detach().clone(), bias, floor)
 
 
-def _fingerprint(model: Any) -> str:
+def fingerprint(model: Any) -> str:
     """Of the weights: one that is changed anywhere has another, but for the rarest accident. Whole
     numbers, whose sums are the same in any order, and so on any number of threads."""
     state, whole = hashlib.sha256(), {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

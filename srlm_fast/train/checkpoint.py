@@ -97,7 +97,10 @@ class Checkpoints:
             shutil.rmtree(path, ignore_errors=True)
 
     def newest(self) -> Checkpoint | None:
-        """The newest that is whole; why one is passed over is said in a warning."""
+        """The newest that is whole; why one is passed over is said in a warning.
+
+        Its tensors are mapped from the file, so that they need no memory of their own.
+        """
         sound = None
         if self.ranks.main:
             sound = next((p.name for p in reversed(self._by_step()) if self._is_sound(p)), None)
@@ -106,8 +109,7 @@ class Checkpoints:
             return None
         path = self.folder / name
         facts = json.loads((path / STATE).read_text("utf-8"))
-        # Copies: the tensors would be views of a file that is soon removed.
-        tensors = {key: tensor.clone() for key, tensor in load_file(path / TENSORS).items()}
+        tensors = load_file(path / TENSORS)
         return Checkpoint(facts["step"], facts["rows"], facts["states"], tensors)
 
     def _by_step(self) -> list[Path]:

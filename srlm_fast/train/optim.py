@@ -139,12 +139,13 @@ class Optimizer:
 
     @torch.no_grad()
     def restore(self, state: dict[str, Tensor]) -> None:
-        """Takes up what `state` gave, weights of the model included."""
+        """Takes up what `state` gave, weights of the model included; `state` is not changed."""
         moments: dict[str, dict[str, Tensor]] = {}
+        on_cpu = self.masters[0].device.type == "cpu"  # elsewhere it is copied to the device
         for key, value in state.items():
             kind, _, name = key.partition("/")
             if name and kind != "weight":
-                moments.setdefault(name, {})[kind] = value
+                moments.setdefault(name, {})[kind] = value.clone() if on_cpu else value
         name_of = {}
         for name, master in zip(self._names, self.masters, strict=True):
             master.copy_(state[f"weight/{name}"])

@@ -46,3 +46,15 @@ def test_no_prompt_fits_the_context(run_loop: Any, tmp_path: Path, capsys: Any) 
 def test_eft_that_never_agrees(run_loop: Any, tmp_path: Path, capsys: Any) -> None:
     assert run_loop("srlm", tmp_path / "run", eft__target="judge") == 1
     assert "--eft.target rank" in complaint(capsys)
+
+
+@pytest.mark.parametrize(
+    ("method", "group"), [("spa", "sft"), ("spa", "preference"), ("srlm", "preference")]
+)
+def test_nothing_is_held_out(
+    method: str, group: str, run_loop: Any, tmp_path: Path, capsys: Any
+) -> None:
+    """The sandbox has no test pairs, and no recipe keeps rows from SFT."""
+    assert run_loop(method, tmp_path / "run", **{f"{group}__eval_steps": "2"}) != 0
+    assert "eval_steps needs held-out data" in complaint(capsys)
+    assert not (tmp_path / "run").exists()

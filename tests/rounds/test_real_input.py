@@ -39,11 +39,16 @@ def test_spa_on_preference_rows(model: Path, tmp_path: Path) -> None:
     data = write(tmp_path / "pairs.jsonl", rows)
     out = tmp_path / "run"
     flags = ["--data.preferences", data, "--data.num_gold", "8", "--data.num_test_pairs", "6"]
+    flags += ["--preference.eval_steps", "1"]
     assert main(["--recipe", "spa", "--model", str(model), "--out", str(out), *flags, *SMALL]) == 0
     models = json.loads((out / "summary.json").read_text())["models"]
     assert [m["name"] for m in models] == ["SFT", "DPO", "SPA1"]
     assert models[0]["preference_accuracy"] == 0.5, "pi_init against itself: all ties"
     assert all(m["oracle_score"] is None and m["win_rate"] is None for m in models)
+    metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    evaluated = {row["stage"]: row["step"] for row in metrics if "eval_rewards/accuracies" in row}
+    steps = {f"train/{m['name']}": m["training"]["steps"] for m in models if m["training"]}
+    assert evaluated == steps == {"train/DPO": 3, "train/SPA1": 1}
 
 
 def test_srlm_on_message_trees(model: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -14,6 +15,7 @@ import pytest
 from safetensors.torch import load_file
 
 from srlm_fast.rounds.manifest import Run
+from srlm_fast.train.checkpoint import Checkpoint, Checkpoints
 
 MODELS = {"spa": ["SFT", "DPO", "SPA1", "SPA2"], "srlm": ["SFT", "M1", "M2", "M3"]}
 
@@ -85,30 +87,54 @@ def test_stop_in_the_middle_of_training(
     assert_same_run("spa", tmp_path / "whole", tmp_path / "stopped")
 
 
+def test_stop_after_every_step_of_every_training(
+    run_loop: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A training goes on from its last checkpoint: were it to begin anew, there would be no end."""
+    changes = {
+        "sft__save_steps": "1", "sft__logging_steps": "2", "preference__save_steps": "1",
+        "preference__reference_cache": "states",
+    }  # fmt: skip
+    assert run_loop("spa", tmp_path / "whole", **changes) == 0
+    write = Checkpoints.write
+
+    def write_and_interrupt(checkpoints: Checkpoints, found: Checkpoint) -> None:
+        write(checkpoints, found)
+        raise KeyboardInterrupt
+
+    stops = 0
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "write", write_and_interrupt)
+        while code := run_loop("spa", tmp_path / "stopped", *["--resume"][:stops], **changes):
+            assert code == 130
+            stops += 1
+    stages = json.loads((tmp_path / "whole" / "manifest.json").read_text())["stages"]
+    assert stops == sum(
+        stage["info"].get("steps", 0) for name, stage in stages.items() if name.startswith("train/")
+    )
+    assert_same_run("spa", tmp_path / "whole", tmp_path / "stopped")
+    assert not list((tmp_path / "stopped" / "state").iterdir()), "nothing is left of it"
+
+
 def test_kill_nine(run_loop: Any, tmp_path: Path, cache: Path) -> None:
-    """A real SIGKILL in a real process, a little later each time, until the run gets through."""
-    assert run_loop("spa", tmp_path / "whole") == 0
+    """A real SIGKILL in a real process: between stages, in a training and in a round."""
+    often = {"sft__save_steps": "1", "preference__save_steps": "1"}
+    assert run_loop("spa", tmp_path / "whole", **often) == 0
     stored = tmp_path / "config.yaml"
     stored.write_bytes((tmp_path / "whole" / "config.yaml").read_bytes())
     out = tmp_path / "killed"
-    manifest = out / "manifest.json"
     command = [sys.executable, "-m", "srlm_fast.loop", "--recipe", str(stored), "--out", str(out)]
     kills = 0
-    while True:
-        before = manifest.stat().st_mtime_ns if manifest.exists() else 0
-        resume = ["--resume"] if manifest.exists() else []
+    for place in ("models/M0", "state/DPO/*/checkpoint-2", "round-1/samples.jsonl"):
+        resume = ["--resume"] if out.exists() else []
         process = subprocess.Popen([*command, *resume], stdout=subprocess.DEVNULL)
         deadline = time.monotonic() + 120
-        # Kill shortly after a stage was finished, thrice; then let it run.
-        while process.poll() is None and kills < 3 and time.monotonic() < deadline:
-            if manifest.exists() and manifest.stat().st_mtime_ns != before:
-                time.sleep(0.03 * (kills + 1))
-                os.kill(process.pid, signal.SIGKILL)
-                break
-            time.sleep(0.005)
-        if process.wait(timeout=120) == 0:
-            break
-        assert process.returncode == -signal.SIGKILL
-        kills += 1
+        while process.poll() is None and time.monotonic() < deadline and not list(out.glob(place)):
+            time.sleep(0.002)
+        if process.poll() is None:
+            os.kill(process.pid, signal.SIGKILL)
+            kills += 1
+        assert process.wait(timeout=120) in (0, -signal.SIGKILL)
     assert kills >= 1
+    assert run_loop("spa", out, "--resume", **often) == 0
     assert_same_run("spa", tmp_path / "whole", out)

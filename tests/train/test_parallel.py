@@ -18,6 +18,7 @@ from srlm_fast.errors import UserError
 from srlm_fast.model.weights import frozen_copy
 from srlm_fast.parallel import ALONE, Ranks
 from srlm_fast.train.batches import Batch
+from srlm_fast.train.checkpoint import Checkpoints
 from srlm_fast.train.noise import Refinement
 from srlm_fast.train.plan import MicroBatches, plan_steps
 from srlm_fast.train.preference import train_preference
@@ -192,6 +193,54 @@ def weights_that_differ_are_noticed():
         trained(ranks)
 
 
+def a_training_that_is_stopped_goes_on():
+    """After every step, with what each rank keeps of its own; evaluation is shared as well."""
+    ranks, write = here(), Checkpoints.write
+    config = replace(CONFIG, eval_steps=3, save_steps=1, logging_steps=4, micro_batch_size=1)
+
+    def train(refine, folder, changed=config):
+        model, logs = new_model(dtype=torch.float32), []
+        summary = train_preference(
+            model, frozen_copy(model), draw_pairs(), changed, refine=refine, seed=0, pad_id=0,
+            log=logs.append, ranks=ranks, eval_pairs=draw_pairs()[:5], checkpoint=folder,
+        )  # fmt: skip
+        return torch.cat([p.detach().flatten() for p in model.parameters()]), summary, logs
+
+    def write_and_stop(self, found):
+        write(self, found)
+        raise KeyboardInterrupt
+
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(ranks.from_main(name))  # where all of them look
+        for refine in (REFINE, replace(REFINE, tau="official")):
+            expected, stops = train(refine, None), 0
+            while True:
+                try:
+                    with mock.patch.object(Checkpoints, "write", write_and_stop):
+                        found = train(refine, folder)
+                    break
+                except KeyboardInterrupt:
+                    stops += 1
+            assert stops == expected[1]["steps"]
+            assert torch.equal(found[0], expected[0]) and found[1:] == expected[1:]
+        ranks.barrier()
+
+
+def held_out_pairs_are_shared():
+    def run(ranks):
+        model, logs = new_model(), []
+        train_preference(
+            model, frozen_copy(model), draw_pairs(), replace(CONFIG, eval_steps=3), seed=0,
+            pad_id=0, log=logs.append, ranks=ranks, eval_pairs=draw_pairs()[:5],
+        )  # fmt: skip
+        return [row for row in logs if "eval_loss" in row]
+
+    found, alone = run(here()), run(ALONE)
+    assert len(found) == 2
+    for row, expected in zip(found, alone, strict=True):
+        assert row == pytest.approx(expected, rel=1e-9, abs=1e-11)
+
+
 CHECKS = [
     sft_is_that_of_one_rank,
     dpo_is_that_of_one_rank,
@@ -204,6 +253,8 @@ CHECKS = [
     a_pair_that_does_not_fit_ends_all_ranks,
     sixteen_bit_weights_stay_the_same_on_all_ranks,
     weights_that_differ_are_noticed,
+    a_training_that_is_stopped_goes_on,
+    held_out_pairs_are_shared,
 ]
 
 

@@ -14,6 +14,7 @@ from srlm_fast.data.records import Pair, user
 from srlm_fast.loop import main
 from srlm_fast.model.weights import frozen_copy
 from srlm_fast.sampler import Sampler, SamplingParams
+from srlm_fast.train.checkpoint import Checkpoint, Checkpoints
 from srlm_fast.train.preference import train_preference
 from srlm_kernels import linear_preference_loss, losses
 
@@ -93,6 +94,43 @@ def test_training_starts_with_margins_of_exactly_zero(dtype: torch.dtype) -> Non
     )
     assert summary["loss_first"] == pytest.approx(0.693147, abs=1e-4)
     assert summary["loss_last"] < summary["loss_first"]
+
+
+def test_a_training_goes_on_from_a_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the state of the fused AdamW. Sums on a GPU may differ in their last bits."""
+    pairs = [
+        Pair(user("q"), (3, 4, 5 + i), "a", (6, 7 + i, 1), "b", (8, 9, 10, 1), 1.0, 0.0, 1)
+        for i in range(6)
+    ]
+    config = PreferenceConfig(
+        learning_rate=1e-3, num_train_epochs=3, per_device_train_batch_size=3, save_steps=1
+    )
+
+    def train(folder: Path | None) -> list[torch.Tensor]:
+        model = tiny_llama(torch.float32)
+        train_preference(
+            model, frozen_copy(model), pairs, config, seed=0, pad_id=0, log=lambda row: None,
+            checkpoint=folder,
+        )  # fmt: skip
+        return [parameter.detach() for parameter in model.parameters()]
+
+    def write_and_stop(checkpoints: Checkpoints, found: Checkpoint) -> None:
+        write(checkpoints, found)
+        raise KeyboardInterrupt
+
+    write, stops = Checkpoints.write, 0
+    expected = train(None)
+    monkeypatch.setattr(Checkpoints, "write", write_and_stop)
+    while True:
+        try:
+            found = train(tmp_path)
+            break
+        except KeyboardInterrupt:
+            stops += 1
+    assert stops == 6
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_a_whole_run(tmp_path: Path) -> None:

@@ -1,4 +1,5 @@
-"""Steps of TRL's own DPOTrainer: equal gradients from equal weights, then equal losses."""
+"""Steps of TRL's own DPOTrainer: equal gradients from equal weights, then equal losses, and its
+evaluation."""
 
 import copy
 from dataclasses import replace
@@ -8,7 +9,7 @@ import torch
 
 from benchmarks.train_engines import policy_and_reference, random_pairs, trl_trainer
 from srlm_fast.config import PreferenceConfig
-from srlm_fast.train.preference import PairForward, pair_loss
+from srlm_fast.train.preference import PairForward, pair_loss, train_preference
 from srlm_fast.train.reference import LiveReference
 from srlm_kernels import losses
 
@@ -85,3 +86,18 @@ def test_gradients_and_losses_are_trls(models, pairs, kind, layout):
     losses_of_both = run(ours, we_run), run(theirs, trl_runs)
     assert losses_of_both[0] == pytest.approx(losses_of_both[1], rel=1e-5)
     assert losses_of_both[0][-1] < losses_of_both[0][0] - 1e-4
+
+
+def test_evaluation_is_trls(models, pairs):
+    """Every name that both give has the same value."""
+    policy, logs = copy.deepcopy(models[0]), []
+    config = PreferenceConfig(beta=0.1, learning_rate=1e-3, eval_steps=1)
+    train_preference(
+        policy, models[1], pairs, config, seed=0, pad_id=0, log=logs.append, eval_pairs=pairs,
+        reference_is_start=False,
+    )  # fmt: skip
+    ours = {key: value for key, value in logs[-1].items() if key.startswith("eval_")}
+    trainer, _ = trl_trainer(policy, models[1], pairs, loss_type=["sigmoid"], beta=0.1)
+    theirs = trainer.evaluate(eval_dataset=trainer.train_dataset)
+    assert ours.keys() <= theirs.keys() and len(ours) == 7
+    assert ours == pytest.approx({key: theirs[key] for key in ours}, rel=1e-5, abs=1e-6)

@@ -105,10 +105,10 @@ def train_preference(
             forward.collate, cache or checkpoint, ranks,
         )  # fmt: skip
         dtype = torch.promote_types(model.dtype, torch.float32)
-        noise = refine and NoiseDetector(
-            refine, beta=config.beta, num_pairs=len(kept), steps=len(plan),
-            like=torch.zeros((), device=model.device, dtype=dtype), ranks=ranks,
-        )  # fmt: skip
+        like = torch.zeros((), device=model.device, dtype=dtype)
+        noise = NoiseDetector(
+            refine, beta=config.beta, num_pairs=len(kept), steps=len(plan), like=like, ranks=ranks
+        ) if refine else None  # fmt: skip
         late = LateMeans(3 * len(plan) // 4, ranks)
         steps = _Steps(
             forward, compared, loss, kept, micro_batches, noise, late, ranks, reference_is_start

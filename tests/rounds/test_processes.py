@@ -33,6 +33,8 @@ SETTINGS = {
 }
 FEW = {"--prompts.num_prompts": "2", "--evaluate.num_prompts": "1", "--spa.num_seed_pairs": "2"}
 FEW["--evaluate.num_judge_groups"] = "1"
+SHARD = {"--sft.parallel": "shard", "--preference.parallel": "shard"}
+SHARD |= {"--preference.save_steps": "1", "--preference.logging_steps": "2"}
 
 
 def words(out: str, method: str = "spa", **changes: str) -> list[str]:
@@ -95,6 +97,10 @@ def script() -> None:
     run("srlm-three", 3, words("srlm-three", "srlm", **FEW))
     run("few-one", 1, words("few-one", **FEW))
     run("few-three", 3, words("few-three", **FEW))
+    run("sharded", 2, words("sharded", **SHARD))
+    run("sharded-killed", 2, words("sharded-killed", **SHARD), on_all("train/DPO", kill))
+    shutil.copytree("sharded-killed/state", "sharded-state")
+    run("sharded-resumed", 2, ["--resume", "--out", "sharded-killed"])
     run("refused", 2, words("refused"), on_one("train/SFT", refuse))
     run("lost", 2, words("lost"), on_one("train/SFT", kill))
     run("stopped", 2, words("stopped"), on_all("train/SFT", interrupt))
@@ -188,6 +194,21 @@ def test_another_number_of_processes_goes_on(runs: Path) -> None:
     assert_same_result(runs / "one", runs / "by-one", to_rounding=True)
     summary = json.loads((runs / "by-one" / "summary.json").read_text())
     assert any("number of processes" in note for note in summary["notes"])
+
+
+def test_sharded_trainings_are_replicated_ones(runs: Path) -> None:
+    assert codes(runs, "sharded") == [0, 0]
+    assert_same_result(runs / "one", runs / "sharded", to_rounding=True)
+
+
+def test_a_run_that_is_killed_in_a_sharded_training_goes_on_in_it(runs: Path) -> None:
+    """To the same bytes, metrics too."""
+    assert codes(runs, "sharded-killed") == [-signal.SIGKILL] * 2
+    (checkpoint,) = (runs / "sharded-state").glob("DPO/training-*/checkpoint-*")
+    assert checkpoint.name == "checkpoint-1", "killed at the first metrics, of step 2"
+    assert codes(runs, "sharded-resumed") == [0, 0] and said(runs, "sharded-resumed") == []
+    assert_same_result(runs / "sharded", runs / "sharded-killed", to_rounding=False)
+    assert not list((runs / "sharded-killed" / "state").iterdir()), "nothing is left of it"
 
 
 @pytest.mark.parametrize("method", ["few", "srlm"])

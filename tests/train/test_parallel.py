@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -193,37 +194,52 @@ def weights_that_differ_are_noticed():
         trained(ranks)
 
 
-def a_training_that_is_stopped_goes_on():
-    """After every step, with what each rank keeps of its own; evaluation is shared as well."""
-    ranks, write = here(), Checkpoints.write
-    config = replace(CONFIG, eval_steps=3, save_steps=1, logging_steps=4, micro_batch_size=1)
+@contextmanager
+def shared_folder():
+    """Where all ranks look."""
+    ranks = here()
+    with tempfile.TemporaryDirectory() as name:
+        yield Path(ranks.from_main(name)) / "files"
+        ranks.barrier()
 
-    def train(refine, folder, changed=config):
-        model, logs = new_model(dtype=torch.float32), []
-        summary = train_preference(
-            model, frozen_copy(model), draw_pairs(), changed, refine=refine, seed=0, pad_id=0,
-            log=logs.append, ranks=ranks, eval_pairs=draw_pairs()[:5], checkpoint=folder,
-        )  # fmt: skip
-        return torch.cat([p.detach().flatten() for p in model.parameters()]), summary, logs
+
+def assert_goes_on(train):
+    """`train(folder, save_steps)`, stopped after every step, is what it is in one go, to the last
+    bit. It returns a tensor, the summary and the logs."""
+    write = Checkpoints.write
 
     def write_and_stop(self, found):
         write(self, found)
         raise KeyboardInterrupt
 
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(ranks.from_main(name))  # where all of them look
-        for refine in (REFINE, replace(REFINE, tau="official")):
-            expected, stops = train(refine, None), 0
-            while True:
-                try:
-                    with mock.patch.object(Checkpoints, "write", write_and_stop):
-                        found = train(refine, folder)
-                    break
-                except KeyboardInterrupt:
-                    stops += 1
-            assert stops == expected[1]["steps"]
-            assert torch.equal(found[0], expected[0]) and found[1:] == expected[1:]
-        ranks.barrier()
+    with shared_folder() as folder:
+        expected, stops = train(folder / "whole", 0), 0
+        while True:
+            try:
+                with mock.patch.object(Checkpoints, "write", write_and_stop):
+                    found = train(folder, 1)
+                break
+            except KeyboardInterrupt:
+                stops += 1
+    assert stops == expected[1]["steps"]
+    assert torch.equal(found[0], expected[0]) and found[1:] == expected[1:]
+
+
+def a_training_that_is_stopped_goes_on():
+    """With what each rank keeps of its own; evaluation is shared as well."""
+    config = replace(CONFIG, eval_steps=3, logging_steps=4, micro_batch_size=1)
+
+    def train(refine, folder, save_steps):
+        model, logs = new_model(dtype=torch.float32), []
+        summary = train_preference(
+            model, frozen_copy(model), draw_pairs(), replace(config, save_steps=save_steps),
+            refine=refine, seed=0, pad_id=0, log=logs.append, ranks=here(),
+            eval_pairs=draw_pairs()[:5], checkpoint=folder,
+        )  # fmt: skip
+        return torch.cat([p.detach().flatten() for p in model.parameters()]), summary, logs
+
+    for refine in (REFINE, replace(REFINE, tau="official")):
+        assert_goes_on(partial(train, refine))
 
 
 def held_out_pairs_are_shared():

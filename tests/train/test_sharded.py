@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+import warnings
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -16,13 +17,23 @@ from srlm_fast.errors import UserError
 from srlm_fast.model.weights import frozen_copy
 from srlm_fast.parallel import ALONE
 from srlm_fast.sampler import Sampler, SamplingParams
+from srlm_fast.train import checkpoint
+from srlm_fast.train.checkpoint import Checkpoint, Checkpoints
 from srlm_fast.train.optim import Optimizer
 from srlm_fast.train.plan import MicroBatches
 from srlm_fast.train.preference import train_preference
 from srlm_fast.train.sft import train_sft
 from srlm_fast.train.sharded import sharded
 from tests.srlm_kernels import ranks as processes
-from tests.train.test_parallel import CONFIG, REFINE, assert_same, here, states
+from tests.train.test_parallel import (
+    CONFIG,
+    REFINE,
+    assert_goes_on,
+    assert_same,
+    here,
+    shared_folder,
+    states,
+)
 from tests.train.tiny import draw_pairs, draw_rows, new_model
 
 CONFIG = replace(CONFIG, parallel="shard")
@@ -45,9 +56,12 @@ def weights(model):
     return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
-def tuned(ranks, config=SFT, **kind):
+def tuned(ranks, config=SFT, *, folder=None, **kind):
     model, logs = made(**kind), []
-    summary = train_sft(model, draw_rows(), config, seed=0, pad_id=0, log=logs.append, ranks=ranks)
+    summary = train_sft(
+        model, draw_rows(), config, seed=0, pad_id=0, log=logs.append, ranks=ranks,
+        eval_rows=draw_rows()[:5], checkpoint=folder,
+    )  # fmt: skip
     return weights(model), summary, logs
 
 
@@ -57,7 +71,7 @@ def preferred(ranks, config=CONFIG, refine=None, *, own=False, cache=None, **kin
     reference = model if own else frozen_copy(model)
     summary = train_preference(
         model, reference, draw_pairs(), config, refine=refine, seed=0, pad_id=0, log=logs.append,
-        ranks=ranks, cache=cache,
+        ranks=ranks, cache=cache, eval_pairs=draw_pairs()[:5], checkpoint=cache,
     )  # fmt: skip
     if not own:
         assert torch.equal(weights(reference), weights(made(**kind))), "the reference is as it was"
@@ -65,12 +79,14 @@ def preferred(ranks, config=CONFIG, refine=None, *, own=False, cache=None, **kin
 
 
 def sft_is_that_of_one_process():
-    for config, tied in ((SFT, True), (replace(SFT, micro_batch_size=2, layout="padded"), False)):
+    padded = replace(SFT, micro_batch_size=2, layout="padded", eval_steps=4)
+    for config, tied in ((SFT, True), (padded, False)):
         assert_same(tuned(here(), config, tied=tied), tuned(ALONE, config, tied=tied))
 
 
 def dpo_is_that_of_one_process():
-    for config in (CONFIG, replace(CONFIG, micro_batch_size=1, rpo_alpha=0.2, logging_steps=1)):
+    cut = replace(CONFIG, micro_batch_size=1, rpo_alpha=0.2, logging_steps=1, eval_steps=4)
+    for config in (CONFIG, cut):
         assert_same(preferred(here(), config), preferred(ALONE, config))
     assert_same(preferred(here(), tied=False), preferred(ALONE, tied=False))
 
@@ -127,18 +143,19 @@ def references_may_be_cached():
     with tempfile.TemporaryDirectory() as name:
         folder = Path(ranks.from_main(name)) / "files"  # where all of them look
         for kind, refine in (("logps", None), ("states", REFINE)):
-            config = replace(CONFIG, reference_cache=kind)
+            config = replace(CONFIG, reference_cache=kind, eval_steps=3)
             alone = preferred(ALONE, config, refine, own=True, cache=Path(name) / "alone")
             assert_same(preferred(ranks, config, refine, own=True, cache=folder), alone)
-        files = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+        files = {path: path.stat().st_mtime_ns for path in folder.glob("states-*")}
+        of_one = {path.name for path in (Path(name) / "alone").iterdir()}
+        assert {path.name for path in folder.iterdir()} == of_one
         ranks.barrier()
-        assert {path.name for path in files} == {p.name for p in (Path(name) / "alone").iterdir()}
         if ranks.main:  # a pass that was interrupted: this one is made again, the others are kept
             min(files).unlink()
         ranks.barrier()
         assert_same(preferred(ranks, config, refine, own=True, cache=folder), alone)
         ranks.barrier()
-        again = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+        again = {path: path.stat().st_mtime_ns for path in files}
         assert sum(again[path] == time for path, time in files.items()) == len(files) - 1
         ranks.barrier()
 
@@ -210,6 +227,74 @@ def every_rank_holds_its_share():
     assert after == fresh != before
 
 
+def a_training_that_is_stopped_goes_on():
+    """Each rank with its share of weights, masters and moments."""
+    ranks = here()
+
+    def sft(folder, save_steps):
+        config = replace(SFT, eval_steps=4, save_steps=save_steps)
+        return tuned(ranks, config, folder=folder, tied=False, dtype=torch.bfloat16)
+
+    def spa(folder, save_steps):
+        config = replace(CONFIG, eval_steps=3, logging_steps=4, micro_batch_size=1)
+        config = replace(config, reference_cache="states", save_steps=save_steps)
+        return preferred(ranks, config, REFINE, own=True, cache=folder, dtype=torch.float32)
+
+    def dpo(folder, save_steps):
+        config = replace(CONFIG, gradient_checkpointing=True, save_steps=save_steps)
+        return preferred(ranks, config, cache=folder)
+
+    for train in (sft, spa, dpo):
+        assert_goes_on(train)
+
+
+def a_checkpoint_that_one_rank_cannot_use_all_pass_over():
+    ranks, config = here(), replace(SFT, save_steps=2)
+
+    def again(folder):
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            found = tuned(ranks, config, folder=folder)
+        assert torch.equal(found[0], expected[0]) and found[1:] == expected[1:]
+        return "".join(ranks.gather([str(warning.message) for warning in said]))
+
+    expected = tuned(ranks)
+    with shared_folder() as folder:
+        if ranks.main:
+            tuned(ALONE, config, folder=folder)
+        ranks.barrier()
+        said = again(folder)
+        assert said.count("1 processes wrote it, and now there are 2") == 2, "two are kept"
+        (last,) = folder.glob(f"training-*/checkpoint-{expected[1]['steps']}")
+        assert [path.name for path in sorted(last.iterdir())] == [
+            "state-0.safetensors", "state-1.safetensors", "state.json",
+        ]  # fmt: skip
+        if not ranks.main:
+            (last / "state-1.safetensors").write_bytes(b"")
+        ranks.barrier()
+        said = again(folder)
+        assert said.count("cannot be used") == 1 and "state-1.safetensors is not as" in said, said
+        assert again(folder) == "", "it is written anew"
+
+
+def a_share_that_cannot_be_written_ends_all():
+    ranks = replace(here(), sharded=True)
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with shared_folder() as folder:
+        found = Checkpoints(folder, ranks=ranks)
+        found.write(Checkpoint(1, [], [None, None], {"x": torch.arange(ranks.rank + 2.0)}))
+        assert found.newest().tensors["x"].tolist() == [0, 1, 2][: ranks.rank + 2]
+        patch = mock.patch.object(
+            checkpoint, "save_file", checkpoint.save_file if ranks.main else full
+        )
+        with patch, pytest.raises(UserError, match="the disk is full"):
+            found.write(Checkpoint(2, [], [None, None], {"x": torch.zeros(3)}))
+        assert found.newest().step == 1
+
+
 def weights_that_differ_are_noticed():
     model = new_model(seed=here().rank)
     noticed = pytest.raises(RuntimeError, match="weights differ between the processes")
@@ -246,6 +331,9 @@ CHECKS = {
         a_step_that_is_not_finite_is_skipped_by_all,
         sixteen_bit_weights_have_sharded_masters,
         every_rank_holds_its_share,
+        a_training_that_is_stopped_goes_on,
+        a_checkpoint_that_one_rank_cannot_use_all_pass_over,
+        a_share_that_cannot_be_written_ends_all,
         weights_that_differ_are_noticed,
     ],
     3: [

@@ -47,14 +47,15 @@ def random_pairs(count: int, prompt: int, response: int, vocab: int, seed: int =
 
 def trl_trainer(
     policy: PreTrainedModel,
-    reference: PreTrainedModel,
+    reference: PreTrainedModel | None,
     pairs: Sequence[Pair],
     *,
     way: str = "plain",
     **options: Any,
 ) -> tuple[Any, dict[str, Any]]:
     """TRL's DPOTrainer on the CPU, and its collated batch of all `pairs`, which it would tokenise
-    itself; ours are token ids. `options` of its DPOConfig. Raises Unavailable without TRL.
+    itself; ours are token ids. A PEFT policy is its own `reference` (None), as it is now. `options`
+    of its DPOConfig. Raises Unavailable without TRL.
 
     way: "plain", "accelerated" by our head, or "packed": `SrlmDPOTrainer`.
     """

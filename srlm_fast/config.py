@@ -144,6 +144,31 @@ class PreferenceConfig(TrainConfig):
 
 
 @dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters in the place of full training, under PEFT's names."""
+
+    r: int = 0  # rank; 0: off, all weights train
+    lora_alpha: int = 32  # an adapter counts lora_alpha / r
+    lora_dropout: float = 0.0
+    use_rslora: bool = False  # lora_alpha / sqrt(r) instead
+    target_modules: tuple[str, ...] = ("all-linear",)  # that, or ends of modules' names
+
+    def __post_init__(self) -> None:
+        _require(self.r >= 0, "r must not be negative (0: off)")
+        _require(self.lora_alpha >= 1, "lora_alpha must be at least 1")
+        _require(
+            self.lora_dropout == 0,
+            "lora_dropout must be 0: training runs without dropout, so that policy and reference"
+            " are the same function",
+        )
+        _require(
+            self.target_modules == ("all-linear",)
+            or (bool(self.target_modules) and "all-linear" not in self.target_modules),
+            "target_modules must be all-linear, or names of modules",
+        )
+
+
+@dataclass(frozen=True)
 class SamplingConfig:
     """Sampling of the candidates."""
 
@@ -309,6 +334,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     sft: TrainConfig = field(default_factory=TrainConfig)
     preference: PreferenceConfig = field(default_factory=PreferenceConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     judge: JudgeConfig = field(default_factory=JudgeConfig)
     pairs: PairsConfig = field(default_factory=PairsConfig)

@@ -15,6 +15,7 @@ import torch
 
 import srlm_fast
 import srlm_kernels
+from srlm_fast.errors import UserError
 from srlm_kernels import native
 from srlm_kernels.backends import row_backend
 
@@ -69,6 +70,14 @@ def probe(extra: str, distribution: str, module: str) -> str:
         reason = (str(error).strip() or "no message").splitlines()[0]
         return f"{version}, but does not load: {type(error).__name__}: {reason}"
     return version
+
+
+def require(extra: str) -> None:
+    """Raises UserError, with the reason, where the optional package of `extra` cannot be used."""
+    distribution, module = OPTIONAL[extra]
+    found = probe(extra, distribution, module)
+    if found != (_version(distribution) or "unknown version"):
+        raise UserError(f"{distribution} is needed, and cannot be used here: {found}")
 
 
 def _version(distribution: str) -> str | None:

@@ -4,9 +4,45 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
 
 from srlm_fast.data.records import Judgement, Prompt, Sample, Vote
+from srlm_fast.model.adapters import FrozenAdapter
 from srlm_fast.sampler import Sampler
+
+
+class Scorer(Protocol):
+    """A `Sampler`, or what scores as one."""
+
+    def score(
+        self,
+        prompts: Sequence[Sequence[int]],
+        completions: Sequence[Sequence[Sequence[int]]],
+        progress: str = "",
+    ) -> list[list[Tensor]]:
+        """See `Sampler.score`."""
+        ...
+
+
+@dataclass(frozen=True)
+class AdapterScorer:
+    """The sampler's own model with a frozen adapter on, in the sampler's own KV memory."""
+
+    sampler: Sampler
+    adapter: FrozenAdapter
+
+    def score(
+        self,
+        prompts: Sequence[Sequence[int]],
+        completions: Sequence[Sequence[Sequence[int]]],
+        progress: str = "",
+    ) -> list[list[Tensor]]:
+        """See `Sampler.score`."""
+        with self.adapter.active():
+            return self.sampler.score(prompts, completions, progress)
 
 
 class ImplicitJudge:
@@ -19,7 +55,7 @@ class ImplicitJudge:
 
     name = "implicit"
 
-    def __init__(self, policy: Sampler, reference: Sampler | None) -> None:
+    def __init__(self, policy: Sampler, reference: Scorer | None) -> None:
         self.policy = policy
         self.reference = reference
 
@@ -47,7 +83,7 @@ class ImplicitJudge:
         return length <= self.policy.context
 
 
-def _sequence_logp(sampler: Sampler, candidates: Sequence[Sequence[Sample]]) -> list[float]:
+def _sequence_logp(sampler: Scorer, candidates: Sequence[Sequence[Sample]]) -> list[float]:
     """Summed log-prob of every candidate, flat, in order; sums in float64."""
     groups = [group for group in candidates if group]
     if not groups:

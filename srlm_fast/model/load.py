@@ -20,6 +20,7 @@ from srlm_fast.errors import UserError
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 _CONTEXT_FIELDS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
 _CAUSAL_CLASSES = ("ForCausalLM", "LMHeadModel")
+_ADAPTERS = "adapter_config.json"
 _NO_LIMIT = 1 << 30
 
 
@@ -202,6 +203,11 @@ def quiet_transformers() -> Iterator[None]:
 
 
 def _causal_config(path: str) -> Any:
+    if (Path(path) / _ADAPTERS).is_file():
+        raise UserError(
+            f"{path} holds LoRA adapters, not a model; merge them into their base"
+            " (peft.AutoPeftModelForCausalLM, merge_and_unload) and give that folder"
+        )
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # wrong values raise kinds of huggingface_hub's own
@@ -223,7 +229,7 @@ def _causal_config(path: str) -> Any:
 def _check_path(path: str) -> None:
     folder = Path(path)
     if folder.is_dir():
-        if not (folder / "config.json").is_file():
+        if not any((folder / name).is_file() for name in ("config.json", _ADAPTERS)):
             raise UserError(f"{path} has no config.json; give a folder that save_pretrained wrote")
     elif folder.exists():
         raise UserError(f"{path} is a file; give the model's folder")

@@ -6,6 +6,7 @@ import copy
 import errno
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,28 @@ def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
     twin.train(False).requires_grad_(False)
     twin.zero_grad(set_to_none=True)  # deepcopy brings the gradients along
     return twin
+
+
+class FullWeights:
+    """A run's model of which all weights train: what it was before is a second copy of them."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+
+    def load(self, folder: Path) -> None:
+        """Puts the weights of `folder` into the model, in place."""
+        load_weights(self.model, folder)
+
+    def save(self, tokenizer: Any, folder: Path) -> None:
+        """Writes the model as an ordinary HF folder."""
+        save_model(self.model, tokenizer, folder)
+
+    def frozen(self, folder: Path | None = None) -> PreTrainedModel:
+        """The model of `folder`, or this one as it is now, beside the one that trains."""
+        twin = frozen_copy(self.model)
+        if folder is not None:
+            load_weights(twin, folder)
+        return twin
 
 
 def load_weights(model: PreTrainedModel, folder: str | Path) -> None:
@@ -47,13 +70,18 @@ def save_model(model: PreTrainedModel, tokenizer: Any, folder: str | Path) -> No
     It is written under a temporary name beside `folder` and renamed when complete; an older folder
     of that name is replaced. Raises UserError when it cannot be written (disk full).
     """
+    save_folder(folder, tokenizer, model.save_pretrained)
+
+
+def save_folder(folder: str | Path, tokenizer: Any, write: Callable[[Path], Any]) -> None:
+    """`save_model` for a model that `write` puts into a folder that is there and empty."""
     folder = Path(folder)
     work = folder.with_name(f".{folder.name}.saving")
     try:
         shutil.rmtree(work, ignore_errors=True)
-        work.mkdir(parents=True)
+        (work / "new").mkdir(parents=True)
         with quiet_transformers():
-            model.save_pretrained(work / "new")
+            write(work / "new")
             tokenizer.save_pretrained(work / "new")
         if folder.exists():
             os.replace(folder, work / "old")

@@ -1,8 +1,8 @@
 """The one resident model, and the things that run on it.
 
 Sampling, judging and training all use `engine.model`, the same module with the same tensors; a
-stage that trains changes it in place. Only references are other copies. Each of several ranks has
-all of this, computes its share of every stage, and comes to the same results.
+stage that trains changes it in place. Only references are other copies, or other adapters. Each of
+several ranks has all of this, computes its share of every stage, and comes to the same results.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from srlm_fast.errors import UserError
 from srlm_fast.judge.base import Judge
 from srlm_fast.judge.controls import LongestJudge, RandomJudge
 from srlm_fast.judge.expected import ExpectedJudge
-from srlm_fast.judge.implicit import ImplicitJudge
+from srlm_fast.judge.implicit import AdapterScorer, ImplicitJudge
 from srlm_fast.judge.prompted import PromptedJudge
+from srlm_fast.model.adapters import Adapters, FrozenAdapter
 from srlm_fast.model.load import (
     context_length,
     eos_token_ids,
@@ -29,7 +30,7 @@ from srlm_fast.model.load import (
     load_tokenizer,
     resolve_device,
 )
-from srlm_fast.model.weights import frozen_copy, load_weights, save_model
+from srlm_fast.model.weights import FullWeights
 from srlm_fast.rounds.manifest import Run
 from srlm_fast.sampler import Sampler, SamplingParams
 from srlm_fast.sampler.sharded import ShardedSampler
@@ -49,9 +50,11 @@ class Engine:
     def __init__(self, run: Run, folder: Path) -> None:
         self.run, self.config = run, run.config
         self.base = folder
-        self.model = load_model(
+        model = load_model(
             str(folder), device=resolve_device(self.config.device), dtype=self.config.dtype
         )
+        self.weights = self._adapters(model) if self.config.lora.r else FullWeights(model)
+        self.model = self.weights.model
         self.tokenizer = load_tokenizer(str(folder))
         self.template = ChatTemplate(
             self.tokenizer, self.config.template, eos_token_ids(self.model, self.tokenizer)
@@ -59,13 +62,18 @@ class Engine:
         self.sampler = self._sampler(self.model, eos_ids=self.template.eos_ids)
         self.context = context_length(self.model)
 
+    def _adapters(self, model: Any) -> Adapters:
+        name = "" if self.config.model == "sandbox" else self.config.model
+        seed = self.run.seed("lora")
+        return Adapters(model, self.config.lora, base=self.base, name=name, seed=seed)
+
     def folder(self, name: str) -> Path:
-        """The HF folder of a model of this run."""
+        """The HF folder of a model of this run; with `lora` its adapter's, in PEFT's format."""
         return self.run.folder / "models" / name
 
     def use(self, folder: Path) -> None:
         """Put the weights of `folder` into the resident model, in place."""
-        load_weights(self.model, folder)
+        self.weights.load(folder)
 
     def sft(self, name: str, examples: Sequence[Example]) -> None:
         """Fine-tune the resident model on `examples` into model `name`."""
@@ -103,11 +111,11 @@ class Engine:
         config = self._fit(replace(self.config.preference, **changes))
 
         def train() -> dict[str, Any]:
-            reference = self.model
-            if config.reference == "fixed" or config.reference_cache == "none":
-                reference = frozen_copy(self.model)
+            reference: Any = self.model  # before its training, where that is kept
             if config.reference == "fixed":
-                load_weights(reference, fixed)
+                reference = self.weights.frozen(fixed)
+            elif config.reference_cache == "none" or self.config.lora.r:
+                reference = self.weights.frozen()
             return train_preference(
                 self.model,
                 reference,
@@ -185,8 +193,9 @@ class Engine:
 
     def implicit(self, initial: Path) -> ImplicitJudge:
         """SPA's judge: the log-ratio of the resident model to pi_init (eq. 7)."""
-        reference = frozen_copy(self.model)
-        load_weights(reference, initial)
+        reference = self.weights.frozen(initial)
+        if isinstance(reference, FrozenAdapter):
+            return ImplicitJudge(self.sampler, AdapterScorer(self.sampler, reference))
         return ImplicitJudge(self.sampler, self._sampler(reference))
 
     def gold_pairs(self, rows: Sequence[Preference]) -> list[Pair]:
@@ -218,7 +227,7 @@ class Engine:
             self.sampler.sleep()  # training wants the memory, and outdates what is cached
             summary = train()
             if self.run.ranks.main:
-                save_model(self.model, self.tokenizer, self.folder(name))
+                self.weights.save(self.tokenizer, self.folder(name))
             return summary
 
         self.run.result(stage, train_and_save, made=f"models/{name}")

@@ -12,11 +12,11 @@ from transformers import AutoConfig
 
 from srlm_fast.config import Config, PreferenceConfig, TrainConfig
 from srlm_fast.data.task import Task
-from srlm_fast.env import OPS, SAMPLER_OPS, sampler_backend
+from srlm_fast.env import OPS, SAMPLER_OPS, require, sampler_backend
 from srlm_fast.errors import UserError
 from srlm_fast.model.load import resolve_device
 from srlm_fast.parallel import ALONE, Ranks
-from srlm_fast.train.memory import TrainMemory, train_memory
+from srlm_fast.train.memory import TrainMemory, lora_parameters, train_memory
 from srlm_kernels import explain
 
 
@@ -91,6 +91,9 @@ def _memory(config: Config, folder: Path | None, ranks: Ranks = ALONE) -> list[s
         f"{count / 1e6:,.1f}M parameters in {'bf16' if bf16 else 'fp32'}",
         f"sampling and judging {count * (2 if bf16 else 4) / 1e9:.2f} GB, plus keys and values",
     ]
+    if config.lora.r:
+        adapter = lora_parameters(AutoConfig.from_pretrained(folder), config.lora)
+        lines.append(f"adapters of {adapter / 1e6:,.1f}M parameters, which alone train")
     for name, train in (("sft", config.sft), ("preference", config.preference)):
         lines.append(f"{name}: {_peak(*training_memory(config, folder, name, ranks))}")
         if isinstance(train, PreferenceConfig) and train.reference_cache == "states":
@@ -124,16 +127,30 @@ def check_memory(config: Config, folder: Path, ranks: Ranks = ALONE) -> None:
     if device.type == "cpu":  # of which the processes of a machine take a copy each
         room //= ranks.local_world
     live, size = _runs_a_reference(config.preference), 2 if _is_bf16(config, folder) else 4
+    trained = count
+    if config.lora.r:
+        live, trained = False, lora_parameters(AutoConfig.from_pretrained(folder), config.lora)
     # Gradients and moments are fp32, and so are the weights behind 16-bit ones.
-    bytes_each = size * (1 + live) + 4 + 8 + (4 if size == 2 else 0)
-    if count * bytes_each > room:
+    need = count * size * (1 + live) + trained * (4 + 8 + (4 if size == 2 else 0))
+    if need > room:
         cure = "take a smaller model or a larger device"
+        if not config.lora.r:
+            cure += ", or train adapters (lora.r)"
         if live and config.preference.reference == "previous":
             cure += ", or set preference.reference_cache, which spares the reference's copy"
         raise UserError(
-            f"training takes {count * bytes_each / 1e9:.1f} GB for weights, gradients and"
+            f"training takes {need / 1e9:.1f} GB for weights, gradients and"
             f" optimiser alone, and {room / 1e9:.1f} GB are free: {cure}"
         )
+
+
+def check_lora(config: Config, folder: Path | None) -> None:
+    """Raises UserError where adapters are asked for and the package, or the modules that they are
+    to be for, are not there. `folder`: None in the sandbox, whose model is made later."""
+    if config.lora.r:
+        require("peft")
+        if folder:
+            lora_parameters(AutoConfig.from_pretrained(folder), config.lora)
 
 
 def _runs_a_reference(train: TrainConfig) -> bool:
@@ -169,6 +186,7 @@ def training_memory(
         longest=item,
         forwards=-(-step // items),
         reference=_runs_a_reference(train),
+        lora=config.lora,
     )
     return memory, items * item
 

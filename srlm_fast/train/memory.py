@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from srlm_fast.config import TrainConfig
+from srlm_fast.config import LoraConfig, TrainConfig
+from srlm_fast.model.adapters import add_lora
 from srlm_fast.model.attention import attention_named
 from srlm_fast.model.checkpointing import checkpointed
 from srlm_fast.model.forward import hidden_states
@@ -63,15 +64,17 @@ def train_memory(
     longest: int,
     forwards: int = 1,
     reference: bool = False,
+    lora: LoraConfig | None = None,
 ) -> TrainMemory:
-    """The peak of full training of a model of `config` in `dtype` on `device`.
+    """The peak of training a model of `config` in `dtype` on `device`.
 
     tokens, rows: computed and scored (response) tokens of the largest forward; longest: tokens of a
-    prompt with its responses; forwards: in a step; reference: a frozen copy runs beside the model.
+    prompt with its responses; forwards: in a step; reference: a frozen copy of what trains is
+    there; lora: adapters that train in the place of all weights.
     """
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]
-    count, size = sum(p.numel() for p in model.parameters()), dtype.itemsize
+    model = _without_data(config, dtype, lora)
+    count, trained = sum(p.numel() for p in model.parameters()), _trained(model)
+    size = dtype.itemsize
     weights = model.get_output_embeddings().weight
     vocab, width = weights.shape
     half = size < 4
@@ -79,16 +82,32 @@ def train_memory(
     logits = size if device.type == "cpu" else 4
     return TrainMemory(
         weights=count * size,
-        reference=count * size if reference else 0,
-        optimizer=count * (8 + (4 if half else 0)),
-        gradients=count * (6 if half else 4),
+        reference=trained * size if reference else 0,
+        optimizer=trained * (8 + (4 if half else 0)),
+        gradients=trained * (6 if half else 4),
         activations=_activations(
             model, train.gradient_checkpointing, tokens, longest if device.type == "cpu" else 0
         ),
-        head=chunk * vocab * logits + vocab * width * (4 + (size if half else 0))
+        head=chunk * vocab * logits
+        + weights.requires_grad * vocab * width * (4 + (size if half else 0))
         + rows * width * 4 + tokens * width * size * (3 if reference else 2),
         accumulates=forwards > 1,
     )  # fmt: skip
+
+
+def lora_parameters(config: PretrainedConfig, lora: LoraConfig) -> int:
+    """Of an adapter. Raises UserError where `add_lora` would."""
+    return _trained(_without_data(config, torch.bfloat16, lora))
+
+
+def _without_data(config: PretrainedConfig, dtype: torch.dtype, lora: LoraConfig | None) -> Any:
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]
+        return add_lora(model, lora) if lora and lora.r else model
+
+
+def _trained(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
 def _activations(model: nn.Module, checkpointing: bool, tokens: int, longest: int) -> int | None:

@@ -126,7 +126,7 @@ class MicroBatches:
             longest = max(map(self.tokens, before))
             raise UserError(
                 f"out of memory with a single item of {longest} tokens: set gradient_checkpointing"
-                " to true, lower max_length, or train LoRA adapters"
+                " to true, lower max_length, or train adapters (lora.r)"
             )
         # An item may be longer than the limit, and does not move with it.
         largest = max(map(self.tokens, before))

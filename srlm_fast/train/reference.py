@@ -1,4 +1,5 @@
-"""What the policy is compared with: a frozen model beside it, or what was kept of one pass.
+"""What the policy is compared with: a frozen model beside it, the policy's own with other adapters
+on, or what was kept of one pass.
 
 A cache costs one pass of the reference over the pairs before training, and no second copy of the
 weights: the model itself is the reference then. It pays from the second epoch on, or where two
@@ -23,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from srlm_fast.config import PreferenceConfig
+from srlm_fast.model.adapters import FrozenAdapter, active_state
 from srlm_fast.model.forward import Head, lm_head
 from srlm_fast.model.phase import inference
 from srlm_fast.parallel import ALONE, Ranks
@@ -64,6 +66,18 @@ class LiveReference:
 
 
 @dataclass(frozen=True)
+class LoraReference:
+    """The policy's own model with a frozen adapter on, or none; the head is the policy's."""
+
+    adapter: FrozenAdapter
+    floor: float = 0.0
+
+    def inputs(self, indices: Sequence[int], batch: Batch) -> dict[str, Any]:
+        with self.adapter.active() as model:
+            return {"ref_hidden": batch.states(model)}
+
+
+@dataclass(frozen=True)
 class CachedLogps:
     """Summed log-probabilities [items, 2] of chosen and rejected; rows of other items are NaN."""
 
@@ -82,8 +96,11 @@ class CachedStates:
     folder: Path
     place: dict[int, tuple[str, int, int]]
     """File, first row and end of each item."""
-    weight: Tensor
+    weight: Tensor | None
+    """None: the head does not train, and is the policy's."""
     bias: Tensor | None
+    none: Tensor
+    """States of no position, [0, D]."""
     floor: float
 
     def inputs(self, indices: Sequence[int], batch: Batch) -> dict[str, Any]:
@@ -92,13 +109,11 @@ class CachedStates:
             name, start, end = self.place[index]
             with safe_open(self.folder / name, framework="pt") as file:  # mapped, not read
                 found.append(file.get_slice("states")[start:end])
-        size, like = (batch.input_ids.numel(), self.weight.shape[1]), self.weight
-        hidden = torch.zeros(size, dtype=like.dtype, device=batch.rows.device)
-        if found:
-            rows = torch.cat(found).to(batch.rows.device, non_blocking=True)
-            # Where responses share a prompt its last row occurs twice, with the same states but for
-            # rounding if the two were cached in different batches.
-            hidden.index_copy_(0, batch.rows, rows)
+        rows = torch.cat(found or [self.none]).to(batch.rows.device, non_blocking=True)
+        # Where responses share a prompt its last row occurs twice, with the same states but for
+        # rounding if the two were cached in different batches.
+        hidden = rows.new_zeros(batch.input_ids.numel(), rows.shape[1])
+        hidden.index_copy_(0, batch.rows, rows)
         return {"ref_hidden": hidden, "ref_weight": self.weight, "ref_bias": self.bias}
 
 
@@ -110,19 +125,37 @@ def choose_reference(
     folder: Path | None,
     ranks: Ranks = ALONE,
 ) -> Reference:
-    """What `config.reference_cache` stands for; `model` is the reference as it is now. Several
-    `ranks` share the pass that makes a cache, and the `folder` of its files.
+    """What `config.reference_cache` stands for; `model` is the reference as it is now, or a
+    `FrozenAdapter`. Several `ranks` share the pass that makes a cache, and the `folder` of its
+    files.
 
     Raises ValueError when states are to be kept and there is no `folder`.
     """
-    if config.reference_cache == "logps":
-        return cache_logps(model, micros, collate, folder, ranks)
-    if config.reference_cache == "states":
-        if folder is None:
-            raise ValueError("reference_cache='states' needs a folder for its files")
-        return cache_states(model, micros, collate, folder, ranks)
+    if isinstance(model, FrozenAdapter):
+        if config.reference_cache == "none":
+            return LoraReference(model)
+        with model.active() as adapted:
+            return _cached(adapted, config, micros, collate, folder, ranks, head_is_shared=True)
+    if config.reference_cache != "none":
+        return _cached(model, config, micros, collate, folder, ranks)
     model.eval()
     return LiveReference(model)
+
+
+def _cached(
+    model: Any,
+    config: PreferenceConfig,
+    micros: Sequence[Sequence[int]],
+    collate: Collate,
+    folder: Path | None,
+    ranks: Ranks,
+    head_is_shared: bool = False,
+) -> Reference:
+    if config.reference_cache == "logps":
+        return cache_logps(model, micros, collate, folder, ranks)
+    if folder is None:
+        raise ValueError("reference_cache='states' needs a folder for its files")
+    return cache_states(model, micros, collate, folder, ranks, head_is_shared)
 
 
 def cache_logps(
@@ -219,8 +252,10 @@ def cache_states(
     collate: Collate,
     folder: Path,
     ranks: Ranks = ALONE,
+    head_is_shared: bool = False,
 ) -> CachedStates:
-    """Those of `model` as it is now, a file for each of `micros`, in `folder`.
+    """Those of `model` as it is now, a file for each of `micros`, in `folder`; and its head, unless
+    `head_is_shared` with the policy and does not train.
 
     The files of other weights or items have other names; those that are there already are kept, so
     that a caching pass that was interrupted goes on.
@@ -241,17 +276,23 @@ def cache_states(
             if micro:
                 _write(path, {"states": states})
     ranks.barrier()
-    head: Head = lm_head(model)
-    bias = None if head.bias is None else head.bias.detach().clone()
     floor = _floor(model, micros, collate)
-    return CachedStates(folder, place, head.weight.detach().clone(), bias, floor)
+    head: Head = lm_head(model)
+    none = torch.empty(0, head.weight.shape[1], dtype=head.weight.dtype)
+    if head_is_shared:
+        return CachedStates(folder, place, None, None, none, floor)
+    bias = None if head.bias is None else head.bias.detach().clone()
+    return CachedStates(folder, place, head.weight.detach().clone(), bias, none, floor)
 
 
 def fingerprint(model: Any) -> str:
-    """Of the weights: one that is changed anywhere has another, but for the rarest accident. Whole
+    """Of the weights, or of those that a `FrozenAdapter` computes with: one that is changed anywhere has another, but for the rarest accident. Whole
     numbers, whose sums are the same in any order, and so on any number of threads."""
+    if isinstance(model, FrozenAdapter):
+        with model.active() as adapted:
+            return fingerprint(adapted)
     state, whole = hashlib.sha256(), {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    for name, weight in model.state_dict().items():
+    for name, weight in active_state(model).items():
         flat = gathered(weight).contiguous().flatten()
         bits = flat.view(whole[flat.element_size()]).long()
         sums = torch.stack([bits.sum(), bits.square().sum(), bits[::7].sum(), bits[::11].sum()])

@@ -39,7 +39,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("cache")
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def run_loop(cache: Path) -> RunLoop:
     """Runs the command line in this process; keyword `method`, then flags that replace the tiny
     ones (None drops one)."""

@@ -1,6 +1,7 @@
 """What a dry run says of memory, and that a run which cannot fit does not start."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
-from srlm_fast.config import Config, PreferenceConfig, SamplingConfig
+from srlm_fast.config import Config, LoraConfig, PreferenceConfig, SamplingConfig
 from srlm_fast.errors import UserError
 from srlm_fast.parallel import Ranks
 from srlm_fast.rounds import plan
@@ -71,7 +72,7 @@ def test_layers_that_cannot_run_without_data_are_unknown_and_nothing_worse(tmp_p
 
 @pytest.mark.parametrize(
     ("preference", "cure"),
-    [({}, "reference_cache"), ({"reference_cache": "logps"}, "larger device$")],
+    [({}, "reference_cache"), ({"reference_cache": "logps"}, "train adapters")],
 )
 def test_a_run_whose_weights_cannot_fit_does_not_start(
     folder: Path, monkeypatch: pytest.MonkeyPatch, preference: dict[str, Any], cure: str
@@ -94,6 +95,29 @@ def test_a_run_whose_weights_cannot_fit_does_not_start(
         plan.check_memory(config(**preference), folder, both)
     monkeypatch.setattr(plan, "_room", lambda device: None)
     plan.check_memory(config(**preference), folder)
+
+
+def test_adapters_alone_are_counted_as_trained(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("peft", reason="peft is not installed (extra [peft])")
+    full, count = config(), plan._parameters(folder)
+    lora = replace(full, lora=LoraConfig(r=4))
+    # r times (in + out) of the seven matrices of both layers, which are 64 by 64 or 64 by 96
+    trained = 2 * 4 * (4 * (64 + 64) + 3 * (64 + 96))
+    memory = plan.training_memory(lora, folder, "preference")[0]
+    assert count is not None and memory.weights == 4 * (count + trained)
+    assert (memory.reference, memory.optimizer, memory.gradients) == (
+        4 * trained, 8 * trained, 4 * trained,
+    )  # fmt: skip
+    assert memory.head < plan.training_memory(full, folder, "preference")[0].head
+    assert "adapters of 0.0M parameters, which alone train" in plan._memory(lora, folder)
+    need = 4 * count + 12 * trained
+    monkeypatch.setattr(plan, "_room", lambda device: need)
+    plan.check_memory(lora, folder)
+    monkeypatch.setattr(plan, "_room", lambda device: need - 1)
+    with pytest.raises(UserError, match=r"take a smaller model or a larger device$"):
+        plan.check_memory(lora, folder)
 
 
 def test_free_memory_is_known_here() -> None:

@@ -14,7 +14,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks.train_engines import random_pairs
-from srlm_fast.config import PreferenceConfig
+from srlm_fast.config import LoraConfig, PreferenceConfig
+from srlm_fast.model.adapters import Adapters
 from srlm_fast.model.weights import frozen_copy
 from srlm_fast.train.memory import train_memory
 from srlm_fast.train.preference import train_preference
@@ -26,6 +27,7 @@ def main(case: dict[str, Any]) -> None:
     train = PreferenceConfig(
         per_device_train_batch_size=pairs, num_train_epochs=2, logging_steps=1, **case["train"]
     )
+    lora = LoraConfig(**case["lora"])
     items, item = train.micro_batch_size or pairs, prompt + 2 * response
     predicted = train_memory(
         AutoConfig.for_model(**case["model"]),
@@ -37,14 +39,19 @@ def main(case: dict[str, Any]) -> None:
         longest=item,
         forwards=pairs // items,
         reference=True,
+        lora=lora,
     )
 
     def run(shape: dict[str, Any], *size: int) -> None:
         model = AutoModelForCausalLM.from_config(
             AutoConfig.for_model(**shape), dtype=getattr(torch, case["dtype"])
         )
+        reference = None if lora.r else frozen_copy(model)
+        if lora.r:
+            adapters = Adapters(model, lora, base=Path("base"))
+            model, reference = adapters.model, adapters.frozen()
         train_preference(
-            model, frozen_copy(model), random_pairs(*size, shape["vocab_size"]), train, seed=0,
+            model, reference, random_pairs(*size, shape["vocab_size"]), train, seed=0,
             pad_id=0, log=lambda row: None,
         )  # fmt: skip
 

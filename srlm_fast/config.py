@@ -88,6 +88,8 @@ class TrainConfig:
     adam_beta1: float = 0.9
     adam_beta2: float = 0.999
     max_grad_norm: float = 1.0  # 0: no clipping
+    optim: Literal["adamw_torch", "adamw_torch_8bit"] = "adamw_torch"  # 8bit: torchao's
+    bf16_stochastic_rounding: bool = False  # bf16 weights without fp32 masters
     max_length: int = 0  # prompt + response tokens, longer rows dropped; 0: the model's context
     layout: Literal["auto", "shared", "padded"] = "auto"  # shared: packed, a pair's prompt once
     # Of several processes: each has all weights, or a share of weights, gradients and optimiser.
@@ -98,6 +100,14 @@ class TrainConfig:
     save_total_limit: int = 2  # checkpoints kept, the newest; 0: all
 
     def __post_init__(self) -> None:
+        _require(
+            not self.bf16_stochastic_rounding or self.optim == "adamw_torch_8bit",
+            "bf16_stochastic_rounding needs optim adamw_torch_8bit",
+        )
+        _require(
+            not self.save_steps or self.optim == "adamw_torch",
+            "save_steps must be 0 with optim adamw_torch_8bit, whose state is no plain tensors",
+        )
         _require(self.learning_rate > 0, "learning_rate must be above 0")
         _require(self.num_train_epochs >= 1, "num_train_epochs must be at least 1")
         _require(
@@ -346,6 +356,10 @@ class Config:
     def __post_init__(self) -> None:
         _require(self.rounds >= 1, "rounds must be at least 1")
         _require(self.num_threads >= 0, "num_threads must not be negative (0: torch's default)")
+        _require(
+            not self.lora.r or "shard" not in (self.sft.parallel, self.preference.parallel),
+            "lora trains with parallel: replicate only, in sft and preference",
+        )
 
     def input_files(self) -> list[Path]:
         """The files of the user that the run reads; names of recipes and HF datasets are none."""

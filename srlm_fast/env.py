@@ -28,6 +28,7 @@ OPTIONAL = {
     "xformers": ("xformers", "xformers.ops"),
     "liger": ("liger-kernel", "liger_kernel.transformers"),
     "peft": ("peft", "peft"),
+    "torchao": ("torchao", "torchao.optim"),
     "trl": ("trl", "trl"),
     "ray": ("ray", "ray"),
     "track": ("trackio", "trackio"),

@@ -33,7 +33,7 @@ from srlm_fast.parallel import ALONE, Ranks
 from srlm_fast.prompts.task_list import load_task_list
 from srlm_fast.rounds.engine import Engine
 from srlm_fast.rounds.manifest import Run, file_digest
-from srlm_fast.rounds.plan import check_lora, check_memory
+from srlm_fast.rounds.plan import check_memory, check_training
 from srlm_fast.rounds.spa import spread_preference_annotation
 from srlm_fast.rounds.srlm import self_rewarding
 from srlm_fast.rounds.summary import summarise
@@ -79,13 +79,13 @@ def prepare(config: Config, ranks: Ranks = ALONE) -> Job:
     ranks.check_device(config.device)
     resolve_device(config.device)
     if config.model == "sandbox":
-        check_lora(config, None)
+        check_training(config, None)
         folder, task = None, make_task(config)
     else:
         folder = resolve_folder(config.model)
         ChatTemplate(load_tokenizer(str(folder)), config.template)
         _check_room(config, check_folder(str(folder)))
-        check_lora(config, folder)
+        check_training(config, folder)
         check_memory(config, folder, ranks)
         task = task_from_files(config)
     if config.sft.eval_steps or (config.preference.eval_steps and not task.test_pairs):

@@ -16,7 +16,7 @@ from srlm_fast.env import OPS, SAMPLER_OPS, require, sampler_backend
 from srlm_fast.errors import UserError
 from srlm_fast.model.load import resolve_device
 from srlm_fast.parallel import ALONE, Ranks
-from srlm_fast.train.memory import TrainMemory, lora_parameters, train_memory
+from srlm_fast.train.memory import TrainMemory, lora_parameters, optimizer_bytes, train_memory
 from srlm_kernels import explain
 
 
@@ -126,12 +126,14 @@ def check_memory(config: Config, folder: Path, ranks: Ranks = ALONE) -> None:
         return
     if device.type == "cpu":  # of which the processes of a machine take a copy each
         room //= ranks.local_world
-    live, size = _runs_a_reference(config.preference), 2 if _is_bf16(config, folder) else 4
+    live = _runs_a_reference(config.preference) and not config.lora.r
+    dtype = torch.bfloat16 if _is_bf16(config, folder) else torch.float32
     trained = count
     if config.lora.r:
-        live, trained = False, lora_parameters(AutoConfig.from_pretrained(folder), config.lora)
-    # Gradients and moments are fp32, and so are the weights behind 16-bit ones.
-    need = count * size * (1 + live) + trained * (4 + 8 + (4 if size == 2 else 0))
+        trained = lora_parameters(AutoConfig.from_pretrained(folder), config.lora)
+    # Gradients are fp32.
+    each = 4 + optimizer_bytes(config.preference, dtype)
+    need = count * dtype.itemsize * (1 + live) + trained * each
     if need > room:
         cure = "take a smaller model or a larger device"
         if not config.lora.r:
@@ -144,13 +146,23 @@ def check_memory(config: Config, folder: Path, ranks: Ranks = ALONE) -> None:
         )
 
 
-def check_lora(config: Config, folder: Path | None) -> None:
-    """Raises UserError where adapters are asked for and the package, or the modules that they are
-    to be for, are not there. `folder`: None in the sandbox, whose model is made later."""
+def check_training(config: Config, folder: Path | None) -> None:
+    """Raises UserError where packages are asked for that are not there, modules that are to have
+    adapters, or weights that are to be rounded. `folder`: None in the sandbox, whose model is made
+    later, in fp32."""
     if config.lora.r:
         require("peft")
         if folder:
             lora_parameters(AutoConfig.from_pretrained(folder), config.lora)
+    trainings = (config.sft, config.preference)
+    if any(train.optim == "adamw_torch_8bit" for train in trainings):
+        require("torchao")
+    is_bf16 = _is_bf16(config, folder) if folder else config.dtype == "bfloat16"
+    if any(train.bf16_stochastic_rounding for train in trainings) and not is_bf16:
+        raise UserError(
+            "bf16_stochastic_rounding is for bf16 weights, and this run's are fp32; leave it off,"
+            " or set --dtype bfloat16"
+        )
 
 
 def _runs_a_reference(train: TrainConfig) -> bool:

@@ -48,6 +48,7 @@ def fit(
     evaluate: Evaluate | None = None,
     checkpoints: Checkpoints | None = None,
     parts: Mapping[str, Stateful] | None = None,
+    seed: int = 0,
 ) -> dict[str, Any]:
     """Trains `model` in place over the optimiser steps of `plan` (see `plan_steps`).
 
@@ -56,6 +57,7 @@ def fit(
     every `logging_steps` and at the end; only then is the device waited for.
     A step that runs out of the device's memory is done again from the start in half as large
     micro-batches, which then stay; the result is the same to rounding.
+    `seed` decides how weights are rounded, where that is left to chance.
     Returns steps, num_tokens, loss_first, loss_last (of single steps, NaN if that one was skipped),
     skipped_steps, whose loss or gradient was not finite, and out_of_memory, the steps done again.
     Raises UserError when there are too many of the former, see `Optimizer`, or when a single item
@@ -72,7 +74,9 @@ def fit(
     one rank, to rounding. With a sharded model memory that runs out ends the training, with a
     UserError on that rank only; its process must end then, as the others wait for it.
     """
-    training = _Training(model, config, plan, micro_batches, step_function, log, ranks, parts or {})
+    training = _Training(
+        model, config, plan, micro_batches, step_function, log, ranks, parts or {}, seed
+    )
     if not ranks.sharded:
         check_replicas(model, ranks)
     with _prepared(model, config):
@@ -108,12 +112,13 @@ class _Training:
         log: Log,
         ranks: Ranks,
         parts: Mapping[str, Stateful],
+        seed: int,
     ) -> None:
         self._config, self._steps, self._micro_batches = config, len(plan), micro_batches
         self._step_function, self._log, self._ranks = step_function, log, ranks
         self._upstream = ranks.world if ranks.sharded else 1  # makes sums of averages over ranks
         self._zero = _zero(model)
-        self._optimizer = Optimizer(model, config, ranks)
+        self._optimizer = Optimizer(model, config, ranks, seed)
         self._metrics = Metrics(self._zero, ranks)
         self._parts = {**parts, "metrics": self._metrics}
         self.step = 0

@@ -36,7 +36,7 @@ class TrainMemory:
     weights: int
     reference: int
     optimizer: int
-    """AdamW's moments, and fp32 weights behind 16-bit ones."""
+    """AdamW's moments, and fp32 weights behind 16-bit ones; see `optimizer_bytes`."""
     gradients: int
     activations: int | None
     """None: they could not be measured."""
@@ -83,7 +83,7 @@ def train_memory(
     return TrainMemory(
         weights=count * size,
         reference=trained * size if reference else 0,
-        optimizer=trained * (8 + (4 if half else 0)),
+        optimizer=trained * optimizer_bytes(train, dtype),
         gradients=trained * (6 if half else 4),
         activations=_activations(
             model, train.gradient_checkpointing, tokens, longest if device.type == "cpu" else 0
@@ -93,6 +93,13 @@ def train_memory(
         + rows * width * 4 + tokens * width * size * (3 if reference else 2),
         accumulates=forwards > 1,
     )  # fmt: skip
+
+
+def optimizer_bytes(train: TrainConfig, dtype: torch.dtype) -> int:
+    """That the optimiser keeps for a weight of `dtype`."""
+    moments = 2 if train.optim == "adamw_torch_8bit" else 8
+    has_master = dtype.itemsize < 4 and not train.bf16_stochastic_rounding
+    return moments + (4 if has_master else 0)
 
 
 def lora_parameters(config: PretrainedConfig, lora: LoraConfig) -> int:

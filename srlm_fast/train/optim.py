@@ -1,4 +1,4 @@
-"""The optimiser step: AdamW with fp32 state, schedule, clipping, and the non-finite policy."""
+"""The optimiser step: AdamW, schedule, clipping, and the non-finite policy."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from srlm_fast.config import TrainConfig
 from srlm_fast.errors import UserError
 from srlm_fast.parallel import ALONE, Ranks
+from srlm_fast.train import low_bit
 from srlm_fast.train.sharded import own_share
 from srlm_kernels.distributed import is_sharded
 
@@ -36,29 +37,41 @@ def lr_factor(config: TrainConfig, step: int, steps: int) -> float:
 
 
 class Optimizer:
-    """AdamW over the trainable parameters of `model`; nothing in a step waits for the device.
+    """AdamW over the trainable parameters of `model`; nothing in a step waits for the device, but
+    with 8-bit moments whether it is to be taken.
 
     16-bit parameters have fp32 masters, into which gradients accumulate too: an update of 1e-6 is
-    below the resolution of a bf16 weight and would be lost. Vectors (norms, biases) do not decay.
-    A step whose loss or gradient is not finite changes nothing and is counted.
+    below the resolution of a bf16 weight and would be lost. With `bf16_stochastic_rounding` bf16
+    matrices with 8-bit moments have none: weights are right on average, and `seed` decides how they
+    are rounded. Vectors (norms, biases) do not decay. A step whose loss or gradient is not finite
+    changes nothing and is counted.
 
     Each of several `ranks` has the same weights, and gradients of its own items; after `reduce` all
     have the same gradients, and so take the same step. Where weights are sharded, each rank steps
     its share, whose gradients come summed; norm, clipping and skipping are those of the whole.
+
+    Raises UserError where the configuration's optimiser cannot be had, or nothing is to be rounded.
     """
 
-    def __init__(self, model: nn.Module, config: TrainConfig, ranks: Ranks = ALONE) -> None:
-        self._ranks = ranks
+    def __init__(
+        self, model: nn.Module, config: TrainConfig, ranks: Ranks = ALONE, seed: int = 0
+    ) -> None:
+        self._ranks, self._seed = ranks, seed
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         self._names, self.params = [name for name, _ in named], [p for _, p in named]
         if not self.params:
             raise ValueError("the model has no trainable parameters")
-        self.masters = [_master(p) for p in self.params]
+        self.masters = [_master(p, config) for p in self.params]
         pairs = zip(self.params, self.masters, strict=True)
         self._apart = [(p, m) for p, m in pairs if p is not m]
         self._config = config
+        if config.bf16_stochastic_rounding and not any(_is_rounded(m) for m in self.masters):
+            raise UserError(
+                "bf16_stochastic_rounding is for bf16 matrices of 4096 numbers or more, and none"
+                " are trained here; leave it off, or set dtype to bfloat16"
+            )
         self._adamw = _adamw(self.masters, config)
-        self._fused = bool(self._adamw.defaults["fused"])
+        self._fused = bool(self._adamw.defaults.get("fused"))
         zero = torch.zeros((), device=self.params[0].device)
         self._streak, self._worst, self.skipped = zero, zero.clone(), zero.clone()
 
@@ -69,7 +82,7 @@ class Optimizer:
                 continue
             grad = own_share(param.grad)
             if master.grad is None:
-                master.grad = grad.to(master.dtype)
+                master.grad = grad.to(torch.promote_types(master.dtype, torch.float32))
             else:
                 master.grad += grad
             param.grad = None
@@ -89,7 +102,8 @@ class Optimizer:
         masters = [m for m, is_wanted in zip(self.masters, wanted, strict=True) if is_wanted]
         for master in masters:
             if master.grad is None:
-                master.grad = torch.zeros_like(master)
+                dtype = torch.promote_types(master.dtype, torch.float32)
+                master.grad = torch.zeros_like(master, dtype=dtype)
         self._ranks.sum_([loss, *(m.grad for m in masters if m.grad is not None)])
 
     @torch.no_grad()
@@ -107,13 +121,15 @@ class Optimizer:
         if self._config.max_grad_norm > 0:
             nn.utils.clip_grads_with_norm_(self.masters, self._config.max_grad_norm, norm)
         taken = norm.isfinite() & loss.isfinite()
-        for group in self._adamw.param_groups:
-            group["lr"] = self._config.learning_rate * factor
+        self._set_rate(self._config.learning_rate * factor)
         if self._fused:
             self._adamw.found_inf = (~taken).float()
             self._adamw.step()
         elif bool(taken):
-            self._adamw.step()
+            if self._config.optim == "adamw_torch_8bit":
+                low_bit.update(self._adamw, self._seed)
+            else:
+                self._adamw.step()
         self._adamw.zero_grad(set_to_none=True)
         self._copy_to_params()
         skipped = (~taken).float()
@@ -122,6 +138,13 @@ class Optimizer:
         self._worst = torch.maximum(self._worst, self._streak)
         return norm, taken
 
+    def _set_rate(self, rate: float) -> None:
+        for group in self._adamw.param_groups:
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = rate
+
     def _copy_to_params(self) -> None:
         for param, master in self._apart:
             if param.dtype != master.dtype:  # or else it is the same memory
@@ -129,7 +152,7 @@ class Optimizer:
 
     def state(self) -> dict[str, Tensor]:
         """All that steps change, by what it is and the parameter's name; not copied. Of sharded
-        weights it is this rank's share."""
+        weights it is this rank's share. Not for 8-bit moments."""
         found = {"skipped": self.skipped, "streak": self._streak, "worst": self._worst}
         for name, master in zip(self._names, self.masters, strict=True):
             found[f"weight/{name}"] = master.detach()
@@ -168,11 +191,19 @@ class Optimizer:
             )
 
 
-def _master(param: Tensor) -> Tensor:
-    """What the optimiser steps in place of `param`, or `param` itself."""
-    if param.element_size() < 4:
-        return own_share(param).float()
-    return own_share(param) if is_sharded(param) else param
+def _master(param: Tensor, config: TrainConfig) -> Tensor:
+    """What the optimiser changes for `param`: itself, its memory, or an fp32 copy."""
+    if param.element_size() >= 4:
+        return own_share(param) if is_sharded(param) else param
+    share = own_share(param)
+    if not (config.bf16_stochastic_rounding and low_bit.rounds(share)):
+        return share.float()
+    share.grad_dtype = torch.float32
+    return share
+
+
+def _is_rounded(master: Tensor) -> bool:
+    return master.dtype == torch.bfloat16
 
 
 def _adamw(params: list[Tensor], config: TrainConfig) -> Any:
@@ -180,6 +211,8 @@ def _adamw(params: list[Tensor], config: TrainConfig) -> Any:
         {"params": [p for p in params if p.ndim >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in params if p.ndim < 2], "weight_decay": 0.0},
     ]
+    if config.optim == "adamw_torch_8bit":
+        return low_bit.adamw_8bit(groups, config)
     settings = {"lr": config.learning_rate, "betas": (config.adam_beta1, config.adam_beta2)}
     try:
         return torch.optim.AdamW(groups, fused=True, **settings)  # type: ignore[arg-type]

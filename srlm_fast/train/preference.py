@@ -120,7 +120,7 @@ def train_preference(
         summary = fit(
             model, config, plan, micro_batches, steps, log=log, name="preference", ranks=ranks,
             evaluate=evaluate if held_out else None, checkpoints=checkpoints,
-            parts={"late": late, **({"noise": noise} if noise else {})},
+            parts={"late": late, **({"noise": noise} if noise else {})}, seed=seed,
         )  # fmt: skip
         late_means = _late(late.means(), config.beta)
         summary |= {"pairs": len(kept), "dropped": dict(dropped), **late_means}

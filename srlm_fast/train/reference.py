@@ -286,8 +286,9 @@ def cache_states(
 
 
 def fingerprint(model: Any) -> str:
-    """Of the weights, or of those that a `FrozenAdapter` computes with: one that is changed anywhere has another, but for the rarest accident. Whole
-    numbers, whose sums are the same in any order, and so on any number of threads."""
+    """Of the weights, or of those that a `FrozenAdapter` computes with: where one is changed it is
+    another, but for the rarest accident. Whole numbers, whose sums are the same in any order, and
+    so on any number of threads."""
     if isinstance(model, FrozenAdapter):
         with model.active() as adapted:
             return fingerprint(adapted)

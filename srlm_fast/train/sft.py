@@ -81,7 +81,7 @@ def train_sft(
 
         summary = fit(
             model, config, plan, micro_batches, step_function, log=log, name="sft", ranks=ranks,
-            evaluate=evaluate if held_out else None,
+            evaluate=evaluate if held_out else None, seed=seed,
             checkpoints=checkpoints_of(
                 checkpoint, config, items, [model], "sft", len(rows), seed, ranks=ranks
             ),

@@ -24,7 +24,8 @@ def plan(config: Config, task: Task, folder: Path | None, ranks: Ranks = ALONE) 
     """The plan of a run as text; nothing is loaded or sampled for it."""
     lines = [f"method {config.method}, task {task.name}, {config.rounds} rounds"]
     if ranks.world > 1:
-        lines.append(f"{ranks.world} processes, each with the whole model and its optimiser")
+        held = "a share" if config.preference.parallel == "shard" else "the whole"
+        lines.append(f"{ranks.world} processes; in preference training each holds {held}")
     lines += ["", "stages"]
     lines += [f"  {name:<28} {what}" for name, what in _stages(config, task)]
     lines += ["", "memory" if ranks.world == 1 else "memory of each process"]
@@ -133,11 +134,14 @@ def check_memory(config: Config, folder: Path, ranks: Ranks = ALONE) -> None:
         trained = lora_parameters(AutoConfig.from_pretrained(folder), config.lora)
     # Gradients are fp32.
     each = 4 + optimizer_bytes(config.preference, dtype)
-    need = count * dtype.itemsize * (1 + live) + trained * each
+    whole = count * dtype.itemsize * (1 + live)  # which is there before it is shared out
+    need = max(whole, (whole + trained * each) // _shares(config.preference, ranks))
     if need > room:
         cure = "take a smaller model or a larger device"
         if not config.lora.r:
             cure += ", or train adapters (lora.r)"
+        if ranks.world > 1 and config.preference.parallel == "replicate" and not config.lora.r:
+            cure += ", or set preference.parallel to shard"
         if live and config.preference.reference == "previous":
             cure += ", or set preference.reference_cache, which spares the reference's copy"
         raise UserError(
@@ -163,6 +167,11 @@ def check_training(config: Config, folder: Path | None) -> None:
             "bf16_stochastic_rounding is for bf16 weights, and this run's are fp32; leave it off,"
             " or set --dtype bfloat16"
         )
+
+
+def _shares(train: TrainConfig, ranks: Ranks) -> int:
+    """Into how many the weights of a training are cut."""
+    return ranks.world if train.parallel == "shard" else 1
 
 
 def _runs_a_reference(train: TrainConfig) -> bool:
@@ -199,6 +208,7 @@ def training_memory(
         forwards=-(-step // items),
         reference=_runs_a_reference(train),
         lora=config.lora,
+        shares=_shares(train, ranks),
     )
     return memory, items * item
 

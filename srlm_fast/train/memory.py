@@ -19,7 +19,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from srlm_fast.config import LoraConfig, TrainConfig
 from srlm_fast.model.adapters import add_lora
 from srlm_fast.model.attention import attention_named
-from srlm_fast.model.checkpointing import checkpointed
+from srlm_fast.model.checkpointing import checkpointed, layers_of
 from srlm_fast.model.forward import hidden_states
 from srlm_fast.model.load import text_config
 from srlm_kernels.plan import chunk_rows
@@ -44,13 +44,17 @@ class TrainMemory:
     """Logits of a chunk of rows, and the gradients of head and hidden states."""
     accumulates: bool
     """Several forwards a step: gradients are there from the one before."""
+    start: int = 0
+    """Before weights are shared out, when model and reference are whole."""
 
     @property
     def peak(self) -> int:
-        """The larger of the loss, with all activations, and the update, with all gradients."""
+        """The largest of the loss, with all activations, the update, with all gradients, and the
+        start."""
         held = self.weights + self.reference + self.optimizer
         before = self.gradients if self.accumulates else 0
-        return held + max(before + (self.activations or 0) + self.head, self.gradients)
+        step = held + max(before + (self.activations or 0) + self.head, self.gradients)
+        return max(step, self.start)
 
 
 def train_memory(
@@ -65,12 +69,14 @@ def train_memory(
     forwards: int = 1,
     reference: bool = False,
     lora: LoraConfig | None = None,
+    shares: int = 1,
 ) -> TrainMemory:
     """The peak of training a model of `config` in `dtype` on `device`.
 
     tokens, rows: computed and scored (response) tokens of the largest forward; longest: tokens of a
     prompt with its responses; forwards: in a step; reference: a frozen copy of what trains is
-    there; lora: adapters that train in the place of all weights.
+    there; lora: adapters that train in the place of all weights; shares: into so many the weights
+    are cut, of which one is held (`train.parallel`).
     """
     model = _without_data(config, dtype, lora)
     count, trained = sum(p.numel() for p in model.parameters()), _trained(model)
@@ -80,11 +86,12 @@ def train_memory(
     half = size < 4
     chunk = min(rows, chunk_rows(vocab, device))
     logits = size if device.type == "cpu" else 4
+    whole = count * size + (trained * size if reference else 0)
     return TrainMemory(
-        weights=count * size,
-        reference=trained * size if reference else 0,
-        optimizer=trained * optimizer_bytes(train, dtype),
-        gradients=trained * (6 if half else 4),
+        weights=count * size // shares + (_gathered(model) * size if shares > 1 else 0),
+        reference=trained * size // shares if reference else 0,
+        optimizer=trained * optimizer_bytes(train, dtype) // shares,
+        gradients=trained * (6 if half else 4) // shares,
         activations=_activations(
             model, train.gradient_checkpointing, tokens, longest if device.type == "cpu" else 0
         ),
@@ -92,6 +99,7 @@ def train_memory(
         + weights.requires_grad * vocab * width * (4 + (size if half else 0))
         + rows * width * 4 + tokens * width * size * (3 if reference else 2),
         accumulates=forwards > 1,
+        start=whole + whole // shares if shares > 1 else 0,
     )  # fmt: skip
 
 
@@ -115,6 +123,13 @@ def _without_data(config: PretrainedConfig, dtype: torch.dtype, lora: LoraConfig
 
 def _trained(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def _gathered(model: Any) -> int:
+    """Weights that are whole at once where they are sharded: a layer, the embedding, the head."""
+    layer: int = max(sum(p.numel() for p in layer.parameters()) for layer in layers_of(model))
+    ends = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    return layer + ends[0].numel() + int(ends[1].numel())
 
 
 def _activations(model: nn.Module, checkpointing: bool, tokens: int, longest: int) -> int | None:

@@ -13,6 +13,7 @@ from srlm_fast.config import Config, LoraConfig, PreferenceConfig, SamplingConfi
 from srlm_fast.errors import UserError
 from srlm_fast.parallel import Ranks
 from srlm_fast.rounds import plan
+from srlm_fast.train.memory import TrainMemory
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +56,28 @@ def test_what_makes_a_training_smaller(folder: Path) -> None:
     assert peak(gradient_checkpointing=True) < whole
     assert peak(reference_cache="logps") < whole
     assert peak(reference_cache="logps", reference="fixed") == whole
+
+
+def test_shares_of_the_weights_are_less_than_the_whole(folder: Path) -> None:
+    def memory(parallel: str, world: int) -> TrainMemory:
+        return plan.training_memory(
+            config(parallel=parallel), folder, "preference", Ranks(0, world)
+        )[0]  # fmt: skip
+
+    whole, share = memory("replicate", 4), memory("shard", 4)
+    assert memory("shard", 1) == memory("replicate", 1)
+    assert (share.optimizer, share.gradients) == (whole.optimizer // 4, whole.gradients // 4)
+    assert share.reference == whole.reference // 4
+    assert whole.weights // 4 < share.weights < whole.weights
+    # Both are whole when the shares are cut.
+    assert share.start == (whole.weights + whole.reference) * 5 // 4 and whole.start == 0
+
+
+def test_what_fits_as_shares_is_not_refused(folder: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(plan, "_room", lambda device: 1_500_000)
+    with pytest.raises(UserError, match=r"preference\.parallel to shard"):
+        plan.check_memory(config(), folder, Ranks(0, 4))
+    plan.check_memory(config(parallel="shard"), folder, Ranks(0, 4))
 
 
 def test_layers_that_cannot_run_without_data_are_unknown_and_nothing_worse(tmp_path: Path) -> None:

@@ -127,9 +127,9 @@ def _trained(model: nn.Module) -> int:
 
 def _gathered(model: Any) -> int:
     """Weights that are whole at once where they are sharded: a layer, the embedding, the head."""
-    layer: int = max(sum(p.numel() for p in layer.parameters()) for layer in layers_of(model))
+    layer = max(sum(p.numel() for p in layer.parameters()) for layer in layers_of(model))
     ends = model.get_input_embeddings().weight, model.get_output_embeddings().weight
-    return layer + ends[0].numel() + int(ends[1].numel())
+    return int(layer + sum(weight.numel() for weight in ends))
 
 
 def _activations(model: nn.Module, checkpointing: bool, tokens: int, longest: int) -> int | None:

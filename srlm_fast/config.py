@@ -338,6 +338,7 @@ class Config:
     rounds: int = 2
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    use_liger_kernel: bool = False  # norms and MLPs in Liger's kernels, on a GPU
     num_threads: int = 0  # CPU threads; 0: torch's default
     report_to: tuple[str, ...] = ()  # tensorboard, trackio, wandb, beside metrics.jsonl
     sandbox: SandboxConfig = field(default_factory=SandboxConfig)

@@ -23,6 +23,7 @@ from srlm_fast.judge.expected import ExpectedJudge
 from srlm_fast.judge.implicit import AdapterScorer, ImplicitJudge
 from srlm_fast.judge.prompted import PromptedJudge
 from srlm_fast.model.adapters import Adapters, FrozenAdapter
+from srlm_fast.model.liger import use_liger_kernels
 from srlm_fast.model.load import (
     context_length,
     eos_token_ids,
@@ -53,6 +54,8 @@ class Engine:
         model = load_model(
             str(folder), device=resolve_device(self.config.device), dtype=self.config.dtype
         )
+        if self.config.use_liger_kernel:
+            use_liger_kernels(model)
         self.weights = self._adapters(model) if self.config.lora.r else FullWeights(model)
         self.model = self.weights.model
         self.tokenizer = load_tokenizer(str(folder))

@@ -14,6 +14,7 @@ from srlm_fast.config import Config, PreferenceConfig, TrainConfig
 from srlm_fast.data.task import Task
 from srlm_fast.env import OPS, SAMPLER_OPS, require, sampler_backend
 from srlm_fast.errors import UserError
+from srlm_fast.model.liger import check_liger
 from srlm_fast.model.load import resolve_device
 from srlm_fast.parallel import ALONE, Ranks
 from srlm_fast.train.memory import TrainMemory, lora_parameters, optimizer_bytes, train_memory
@@ -158,6 +159,8 @@ def check_training(config: Config, folder: Path | None) -> None:
         require("peft")
         if folder:
             lora_parameters(AutoConfig.from_pretrained(folder), config.lora)
+    if config.use_liger_kernel:
+        check_liger(resolve_device(config.device))
     trainings = (config.sft, config.preference)
     if any(train.optim == "adamw_torch_8bit" for train in trainings):
         require("torchao")

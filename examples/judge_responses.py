@@ -6,11 +6,11 @@ python examples/judge_responses.py MODEL RESPONSES.jsonl    # rows of prompt and
 import json
 import sys
 from itertools import groupby
-from pathlib import Path
 
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from srlm_fast.config import JudgeConfig
+from srlm_fast.data.jsonl import read_rows
 from srlm_fast.data.records import user
 from srlm_fast.data.template import ChatTemplate
 from srlm_fast.judge.base import text_samples
@@ -18,6 +18,8 @@ from srlm_fast.judge.prompted import PromptedJudge
 from srlm_fast.model.load import context_length
 from srlm_fast.sampler import Sampler
 
+if len(sys.argv) != 3:
+    sys.exit(__doc__)
 folder, responses = sys.argv[1:]
 model = AutoModelForCausalLM.from_pretrained(folder)
 tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -28,7 +30,9 @@ judge = PromptedJudge(
     JudgeConfig(num_samples=3, max_new_tokens=min(256, context // 4)), seed=0, context=context,
 )  # fmt: skip
 
-rows = [json.loads(line) for line in Path(responses).read_text("utf-8").splitlines()]
+rows = read_rows(responses)
+if any({"prompt", "response"} - row.keys() for row in rows):
+    sys.exit(f"{responses}: every row needs a prompt and a response")
 groups = [list(group) for _, group in groupby(rows, key=lambda row: row["prompt"])]
 candidates = [
     text_samples(user(group[0]["prompt"]), [row["response"] for row in group], template)

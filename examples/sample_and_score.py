@@ -9,6 +9,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from srlm_fast.sampler import Sampler, SamplingParams
 
+if len(sys.argv) not in (2, 3):
+    sys.exit(__doc__)
 folder = sys.argv[1]
 tokenizer = AutoTokenizer.from_pretrained(folder)
 sampler = Sampler(AutoModelForCausalLM.from_pretrained(folder), tokenizer)

@@ -16,6 +16,8 @@ from srlm_fast.data.template import ChatTemplate
 from srlm_fast.train.noise import Refinement
 from srlm_fast.train.preference import train_preference
 
+if len(sys.argv) != 4:
+    sys.exit(__doc__)
 folder, source, out = sys.argv[1:]
 model = AutoModelForCausalLM.from_pretrained(folder)
 tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -31,6 +33,8 @@ pairs = [
     )
     for row in read_preferences(source)
 ]  # fmt: skip
+if len(pairs) < 2:
+    sys.exit(f"{source}: half of the pairs are trained on first, so there must be two or more")
 config = PreferenceConfig(learning_rate=1e-5, per_device_train_batch_size=4, logging_steps=1)
 seed, rest = pairs[: len(pairs) // 2], pairs[len(pairs) // 2 :]
 for name, part, refine in (("DPO", seed, None), ("SPA", rest, Refinement(warmup_fraction=0.0))):

@@ -6,6 +6,7 @@ Field names are TRL's and transformers' wherever the meaning is theirs. `srlm_fa
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -224,7 +225,9 @@ class PairsConfig:
 
     def __post_init__(self) -> None:
         _require(0 <= self.length_control < 0.5, "length_control must be at least 0 and below 0.5")
-        _require(self.length_penalty >= 0, "length_penalty must not be negative")
+        known = ("min_max", "max_chosen", "all")
+        _require(self.selection in known, f"selection must be one of {', '.join(known)}")
+        _require(0 <= self.length_penalty < math.inf, "length_penalty must not be negative")
         _require(
             not (self.balance_length and self.length_penalty), "balance_length finds length_penalty"
         )

@@ -39,6 +39,8 @@ def gemm_cpp(out: Tensor, a: Tensor, b: Tensor, *, add: bool = False) -> Tensor:
         RuntimeError: no library, or tensors that do not fit together.
     """
     native.require()
-    a, b = (x if 1 in x.stride() else x.contiguous() for x in (a, b))
+    # A matrix of one number or none counts as contiguous whatever its strides are.
+    plain = torch.contiguous_format
+    a, b = (x if 1 in x.stride() else x.clone(memory_format=plain) for x in (a, b))
     torch.ops.srlm_kernels_c.gemm.default(out, a, b, add)
     return out

@@ -79,6 +79,15 @@ def _check_head(
         )
 
 
+def as_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """`tensors` in the dtype that autocast would give a product of them; fp64 ones as they are."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
+
+
 def without_autocast(hidden: Tensor) -> AbstractContextManager[None]:
     """A region in which every product keeps the dtype that the op chose."""
     return torch.autocast(hidden.device.type, enabled=False)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from srlm_kernels import prefix_attention_flex, prefix_attention_pieces
-from srlm_kernels.operands import without_autocast
+from srlm_kernels.operands import as_autocast, without_autocast
 
 _IMPLEMENTATIONS = ("flex", "pieces", "reference")
 _Made = TypeVar("_Made")
@@ -153,12 +153,14 @@ def prefix_attention(
             merged) or "reference". `refusal` says why "auto" did not take one of them.
 
     Returns:
-        [T, H, Dv] in the dtype of `query`.
+        [T, H, Dv] in the dtype of `query`; inside an autocast region in its dtype, as all three are
+        cast to that first.
 
     Raises:
         TypeError, ValueError: shapes, dtypes, options or a plan that do not fit, or an `impl` that
             cannot run here.
     """
+    query, key, value = as_autocast(query, key, value)
     _check(query, key, value, plan, sinks)
     if scale is None:
         scale = query.shape[2] ** -0.5

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections import Counter
 from collections.abc import Sequence
@@ -54,8 +55,8 @@ def select_pairs(
     Equal scores make no pair, and of equals the one sampled first counts as the better or worse.
     `config`'s other settings: see `judge.length`.
 
-    A prompt without a pair is counted: "fewer than two judged" (a candidate without a score is
-    in no pair), or "tie".
+    A prompt without a pair is counted: "fewer than two judged" (a candidate without a finite
+    score is in no pair), or "tie".
     """
     pairs: list[Pair] = []
     dropped: Counter[str] = Counter()
@@ -78,7 +79,7 @@ def _judged(group: Sequence[Sample], verdicts: Sequence[Judgement]) -> list[Judg
     return [
         Judged(verdict.score, sample, verdict.score)
         for sample, verdict in zip(group, verdicts, strict=True)
-        if verdict.score is not None
+        if verdict.score is not None and math.isfinite(verdict.score)
     ]
 
 

@@ -83,8 +83,8 @@ def collate(
         ids.extend(prompt)
         positions.extend(range(len(prompt)))
         for _, response in group:
-            predicting.append(last)
-            predicting.extend(range(len(ids), len(ids) + len(response) - 1))
+            if response:
+                predicting += [last, *range(len(ids), len(ids) + len(response) - 1)]
             ids.extend(response)
             positions.extend(range(len(prompt), len(prompt) + len(response)))
         if layout == "padded":
@@ -104,15 +104,12 @@ def collate(
 
 def _plan(groups: Sequence[Sequence[Row]]) -> PrefixPlan:
     """A row with nobody to share its prompt is one causal stretch, which is less work."""
-    return PrefixPlan.of(
-        [
-            (len(prompt), [len(response) for _, response in group])
-            if len(group) > 1
-            else (len(prompt) + len(group[0][1]), [])
-            for group in groups
-            for prompt in (group[0][0],)
-        ]
-    )
+    lengths = []
+    for group in groups:
+        prompt = len(group[0][0])
+        responses = [len(response) for _, response in group if response]
+        lengths.append((prompt, responses) if len(responses) > 1 else (prompt + sum(responses), []))
+    return PrefixPlan.of(lengths)
 
 
 def _counted(shape: tuple[int, int], device: torch.device | str) -> Tensor:

@@ -1,11 +1,13 @@
 """TRL's trainers with our head: the same losses, gradients, metrics and files."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
 
 from benchmarks.train_engines import policy_and_reference, random_pairs
+from srlm_fast.data.records import Judgement
 from srlm_fast.errors import UserError
 
 trl = pytest.importorskip("trl", reason="trl is not installed (extra [trl])")
@@ -18,6 +20,7 @@ from srlm_fast.integrations.trl import (  # noqa: E402
     SrlmDPOConfig,
     SrlmDPOTrainer,
     accelerate,
+    judge_reward,
     patch_logprobs,
 )
 
@@ -80,11 +83,12 @@ def make(models, rows, tokenizer, tmp_path):
             "max_steps": 20, "logging_steps": 1, "optim": "sgd", "lr_scheduler_type": "constant",
         } | options  # fmt: skip
         given = {k: options.pop(k) for k in ("eval_dataset", "peft_config") if k in options}
+        data = options.pop("data", rows)
         return kind(
             model=policy or copy.deepcopy(models[0]),
             ref_model=None if "peft_config" in given else reference or copy.deepcopy(models[1]),
             args=config(**options),
-            train_dataset=rows,
+            train_dataset=data,
             processing_class=tokenizer,
             **given,
         )
@@ -183,6 +187,7 @@ def test_adapters(make):
             "mixtral",
             {"num_local_experts": 4, "output_router_logits": True, "router_aux_loss_coef": 0.1},
         ),
+        ("mixtral", {"num_local_experts": 4}),
     ],
 )
 @pytest.mark.filterwarnings("ignore:batches are padded")
@@ -200,6 +205,64 @@ def test_models_whose_logits_or_loss_are_their_own(make, family, options):
         return make(kind, policy=policy, reference=reference, **more)
 
     compare(on_copies, family)
+
+
+def test_autocast_is_trls_to_its_rounding(make, models):
+    """TRL's default: bf16 products of fp32 weights."""
+    results = [
+        record(trainer)
+        for trainer in (
+            make(OnTokenIds, bf16=True),
+            accelerate(make(OnTokenIds, bf16=True)),
+            make(SrlmDPOTrainer, bf16=True),
+        )
+    ]
+    plain = results[0]
+    for found in results[1:]:
+        assert found[0] == pytest.approx(float(plain[0]), abs=0.05)
+        for name, gradient in plain[1].items():
+            assert (found[1][name] - gradient).norm() <= 0.1 * gradient.norm(), name
+    start = make(SrlmDPOTrainer, bf16=True, reference=copy.deepcopy(models[0]))
+    assert record(start)[2][0]["rewards/margins"] == 0  # one path for both models
+
+
+@pytest.mark.parametrize(("family", "options"), [("gemma2", {"final_logit_softcapping": 3.0})])
+def test_a_reference_of_another_kind_has_its_own_logits(make, family, options):
+    shape = SHAPE | {"head_dim": 8, "pad_token_id": 0, "bos_token_id": None, "eos_token_id": None}
+    config = transformers.AutoConfig.for_model(family, **shape, **options)
+    torch.manual_seed(0)
+    other = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+
+    def against_other(kind, **more):
+        return make(kind, reference=copy.deepcopy(other), **more)
+
+    assert compare(against_other)._loss is None
+
+
+def test_empty_responses_and_prompts_cut_off_are_trls(make, rows):
+    lists = rows.to_list()
+    lists[0]["chosen_ids"], lists[3]["rejected_ids"] = [], []
+    lists[5] |= {"chosen_ids": [], "rejected_ids": []}
+    compare(partial(make, data=datasets.Dataset.from_list(lists)))
+    compare(make, max_length=5, truncation_mode="keep_end")  # shorter than some responses
+
+
+def test_spa_goes_on_from_a_checkpoint_with_what_it_knew(make, rows):
+    data = datasets.concatenate_datasets([rows] * 4)
+    options = {"loss_type": ["spa"], "spa_warmup_fraction": 0.0, "data": data, "save_steps": 10}
+    straight = make(SrlmDPOTrainer, save_strategy="steps", **options)
+    straight.train()
+    folder = straight.args.output_dir + "/checkpoint-10"
+    resumed = make(SrlmDPOTrainer, save_strategy="steps", **options)
+    resumed.train(resume_from_checkpoint=folder)
+    found, expected = (
+        {row["step"]: row for row in t.state.log_history if "spa/tau" in row}
+        for t in (resumed, straight)
+    )
+    assert expected[15]["spa/tau"] != 0
+    for step in range(11, 21):
+        for name in ("loss", "spa/tau", "spa/flagged_share"):
+            assert found[step][name] == pytest.approx(expected[step][name], abs=1e-6), step
 
 
 def test_a_batch_without_a_label_is_a_differentiable_zero(make):
@@ -274,11 +337,46 @@ def test_what_cannot_be_is_refused_at_the_start(make, monkeypatch):
         make(SrlmDPOTrainer, loss_type=["spa"], config=trl.DPOConfig)
     with pytest.raises(UserError, match="beside it"):
         make(SrlmDPOTrainer, loss_type=["spa", "sft"])
+    with pytest.raises(UserError, match="unknown loss_type 'r_dpo'"):
+        make(SrlmDPOTrainer, loss_type=["r_dpo"])
+    with pytest.raises(UserError, match="torch_compile"):
+        make(SrlmDPOTrainer, torch_compile=True)
+    with pytest.warns(UserWarning, match="NEFTune"):
+        make(SrlmDPOTrainer, neftune_noise_alpha=5.0)
     from srlm_fast.integrations.trl.version import check_trl
 
     monkeypatch.setattr("importlib.metadata.version", lambda name: "1.17.2")
     with pytest.raises(UserError, match=r"works with TRL 1\.16, found 1\.17\.2"):
         check_trl()
+
+
+def test_a_second_call_after_training_changes_nothing(make):
+    trainer = accelerate(make(OnTokenIds, bf16=True, max_steps=1))
+    trainer.train()
+    forward = trainer.model.forward
+    assert accelerate(trainer).model.forward == forward
+
+
+def test_a_judge_is_a_reward_function(tokenizer):
+    class Length:
+        name = "length"
+
+        def score(self, prompts, candidates):
+            assert [len(group) for group in candidates] == [2, 1]
+            assert [prompt[0].content for prompt in prompts] == ["Why?", "How?"]
+            return [
+                [Judgement(len(s.response) or None) for s in group] for group in candidates
+            ]  # fmt: skip
+
+    class Template:
+        encode_prompt = staticmethod(lambda prompt: [1])
+        encode_response = staticmethod(lambda prompt, text: [2])
+
+    reward = judge_reward(Length(), Template())
+    assert reward.__name__ == "length_judge"
+    parts = [{"role": "user", "content": [{"type": "text", "text": "How?"}]}]
+    answers = ["abc", "", [{"role": "assistant", "content": "yes"}]]
+    assert reward(prompts=["Why?", "Why?", parts], completions=answers) == [3, None, 3]
 
 
 def test_a_model_without_trls_head_is_refused(models):

@@ -79,6 +79,13 @@ def test_every_prompt_is_a_pair_or_counted(group):
     assert len(pairs) + dropped.total() == 4
 
 
+def test_scores_that_are_not_finite_are_in_no_pair(group):
+    verdicts = judgements(float("nan"), 3, float("-inf"), 2)
+    for config in (PairsConfig(), PairsConfig(length_control=0.2), PairsConfig(selection="all")):
+        [pair], _ = select_pairs([group], [verdicts], 1, config)
+        assert (pair.chosen, pair.rejected) == ("two", "four")
+
+
 def test_negative_rewards(group):
     [pair], _ = select_pairs([group[:2]], [judgements(-7.5, -7.25)], round=1)
     assert (pair.chosen, pair.rejected) == ("two", "one")
@@ -146,6 +153,8 @@ def test_the_penalty_that_balances_lengths_is_found(make_sample):
         ({"length_control": 0.5}, "below 0.5"),
         ({"length_control": 0.1, "selection": "all"}, "min_max"),
         ({"length_penalty": -1.0}, "negative"),
+        ({"length_penalty": float("inf")}, "negative"),
+        ({"selection": "best"}, "one of"),
         ({"length_penalty": 0.1, "balance_length": True}, "balance_length"),
     ],
 )

@@ -147,3 +147,8 @@ def test_operands_without_a_unit_stride(dtype: torch.dtype) -> None:
     column = torch.ones(4, 6, dtype=dtype)[:, 2:3].as_strided((4, 1), (6, 7))
     row = torch.ones(1, 5, dtype=dtype)
     assert torch.equal(gemm_cpp(torch.empty(4, 5), column, row), torch.ones(4, 5))
+    # Of one number, or of none, whose strides `contiguous` leaves as they are.
+    one = torch.ones(4, 9, dtype=dtype)[::3, ::2][:1, :1].as_strided((1, 1), (27, 2))
+    assert torch.equal(gemm_cpp(torch.empty(1, 1), one, one), torch.ones(1, 1))
+    none = torch.ones(4, 9, dtype=dtype)[:, ::2][:, :0]
+    assert torch.equal(gemm_cpp(torch.empty(4, 3), none, none.new_empty(0, 3)), torch.zeros(4, 3))

@@ -171,16 +171,20 @@ def test_activation_checkpointing_changes_nothing(options: dict) -> None:
     assert all(f.equal(e) for f, e in zip(found, expected, strict=True))
 
 
-def test_autocast_changes_nothing() -> None:
+def test_autocast_makes_it_what_it_is_in_that_dtype() -> None:
+    """As it does with torch's own attention; queries and values may come in two dtypes then."""
     row = Row(PLANS["pairs"], HEADS["grouped"])
     for impl in ("reference", "pieces"):
         attend = partial(prefix_attention, impl=impl)
 
-        def under_autocast(*inputs, attend=attend) -> Tensor:
+        def under_autocast(q, k, v, plan, attend=attend) -> Tensor:
             with torch.autocast("cpu", dtype=BFLOAT):
-                return attend(*inputs)
+                return attend(q, k, v.to(BFLOAT), plan)
 
-        found, expected = (with_gradients(f, row, FLOAT) for f in (under_autocast, attend))
+        def in_its_dtype(q, k, v, plan, attend=attend) -> Tensor:
+            return attend(q.to(BFLOAT), k.to(BFLOAT), v.to(BFLOAT), plan)
+
+        found, expected = (with_gradients(f, row, FLOAT) for f in (under_autocast, in_its_dtype))
         assert all(f.equal(e) for f, e in zip(found, expected, strict=True))
 
 

@@ -27,8 +27,8 @@ def accelerate(trainer: Trainer, *, packed: Callable[[], Packed | None] = lambda
     instances change, and only in `fused_lm_head=True` calls. Calling it again changes nothing.
     packed: gives the batch of the call under way in packed form; `SrlmDPOTrainer` uses it.
 
-    Returns `trainer`. Raises UserError for a trainer without TRL's fused head, and where the loss
-    wants a gradient of the entropy.
+    Returns `trainer`. Raises UserError for a trainer without TRL's fused head, with torch_compile,
+    and where the loss wants a gradient of the entropy.
     """
     if getattr(trainer, "_entropy_bonus_enabled", False):
         raise UserError(
@@ -36,7 +36,14 @@ def accelerate(trainer: Trainer, *, packed: Callable[[], Packed | None] = lambda
             "use_adaptive_entropy to False, or train without accelerate()"
         )
     owner: Any = trainer
-    for model in filter(None, (owner.model, getattr(owner, "ref_model", None))):
+    if getattr(getattr(owner, "args", None), "torch_compile", False):
+        raise UserError(
+            "srlm_fast's head is called by the model's forward, which torch_compile would compile: "
+            "set torch_compile to False"
+        )
+    for model in (owner.model, getattr(owner, "ref_model", None)):
+        if model is None:
+            continue
         model = owner.accelerator.unwrap_model(model)
         base = model.get_base_model() if hasattr(model, "peft_config") else model
         _patch(base, owner.accelerator, packed)
@@ -44,11 +51,10 @@ def accelerate(trainer: Trainer, *, packed: Callable[[], Packed | None] = lambda
 
 
 def _patch(model: Any, accelerator: Any, packed: Callable[[], Packed | None]) -> None:
-    theirs = model.forward
-    if getattr(theirs, "srlm_fast", False):
-        return
     # accelerate has wrapped the reference's forward in autocast already, and will the policy's.
-    prepared = getattr(model, "_original_forward", None)
+    theirs, prepared = model.forward, getattr(model, "_original_forward", None)
+    if any(getattr(forward, "srlm_fast", False) for forward in (theirs, prepared)):
+        return
     options = Options.of(prepared or theirs)
     region: Callable[[], AbstractContextManager[Any]] = (
         accelerator.autocast if prepared else nullcontext

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -14,6 +16,7 @@ from trl import DPOConfig, DPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import use_adapter
 
+from srlm_fast.data.jsonl import write_json
 from srlm_fast.errors import UserError
 from srlm_fast.integrations.trl.accelerate import accelerate
 from srlm_fast.integrations.trl.metrics import PairMetrics
@@ -25,6 +28,8 @@ from srlm_kernels import PreferenceLoss, linear_preference_loss, losses
 
 TOKENISED = {"prompt_ids", "chosen_ids", "rejected_ids"}
 SMOOTHED = {"robust", "exo_pair", "aot", "aot_unpaired"}  # TRL's other losses ignore the option
+FUSED = losses.LOSSES.keys() - {"simpo", "r_dpo"}  # which TRL does not have
+NOISE = "spa_noise.json"  # in a checkpoint's folder
 
 
 @dataclass
@@ -65,6 +70,7 @@ class SrlmDPOTrainer(DPOTrainer):  # type: ignore[misc]
         self._pair_metrics = {mode: PairMetrics() for mode in ("train", "eval")}
         self._noise: NoiseDetector | None = None
         self._noise_step = -1
+        self._stopped_at: Path | None = None  # what a resumed training's detector knew
         super().__init__(*args, **kwargs)
         self._get_ready()
 
@@ -73,6 +79,9 @@ class SrlmDPOTrainer(DPOTrainer):  # type: ignore[misc]
         if self._is_ready:
             return
         self._is_ready = True
+        if unknown := set(self.loss_types) - FUSED - {"sft", "spa"}:
+            known = ", ".join(sorted(FUSED | {"sft", "spa"}))
+            raise UserError(f"unknown loss_type {min(unknown)!r}; known are {known}")
         accelerate(self, packed=lambda: self._packed)
         reason = self._padded_because()
         if reason is None:
@@ -87,7 +96,8 @@ class SrlmDPOTrainer(DPOTrainer):  # type: ignore[misc]
         peft = getattr(self.model, "peft_config", {}).values()
         if any(getattr(adapter, "is_prompt_learning", False) for adapter in peft):
             return "prompt-learning adapters add tokens of their own"
-        if getattr(self.model.config.get_text_config(), "output_router_logits", False):
+        config = self.model.config.get_text_config()
+        if self.aux_loss_enabled or getattr(config, "output_router_logits", False):
             return "the loss of the experts' router is one of padded batches"
         if self._is_vlm:
             return "images stand between the tokens"
@@ -96,18 +106,28 @@ class SrlmDPOTrainer(DPOTrainer):  # type: ignore[misc]
         checkpointing = self.args.gradient_checkpointing_kwargs or {}
         if self.args.gradient_checkpointing and checkpointing.get("use_reentrant"):
             return "reentrant checkpointing cannot recompute packed attention"
-        return refusal(self.model)
+        if self.args.neftune_noise_alpha is not None:
+            return "NEFTune scales its noise by the length of a row"
+        reasons = [refusal(model) for model in self._models()]
+        return next((reason for reason in reasons if reason), None)
+
+    def _models(self) -> list[Any]:
+        """The policy, and a reference that is another model."""
+        models = [model for model in (self.model, self.ref_model) if model is not None]
+        return [self.accelerator.unwrap_model(model) for model in models]
 
     def _fused_loss_type(self) -> Callable[..., Tensor] | None:
         """The loss as a callable of sums of log-probs; None: TRL computes it token by token."""
         if len(self.loss_types) != 1 or self.use_weighting or self.ld_alpha is not None:
             return None
-        if self.f_divergence_type != "reverse_kl" or self.aux_loss_enabled:
+        if self.f_divergence_type != "reverse_kl":
             return None
+        if len({(h.softcap, h.logit_scale) for h in map(lm_head, self._models())}) > 1:
+            return None  # one pass has one transform of logits
         name = self.loss_types[0]
         if name == "spa":
             return losses.dpo(self.beta)  # until refinement begins, and in evaluation
-        if name not in losses.LOSSES:
+        if name not in FUSED:
             return None
         options = {"label_smoothing": self.label_smoothing} if name in SMOOTHED else {}
         if name == "discopop":
@@ -117,6 +137,8 @@ class SrlmDPOTrainer(DPOTrainer):  # type: ignore[misc]
         return made
 
     def _check_spa(self, padded_because: str | None) -> None:
+        if not hasattr(self.train_dataset, "__len__"):
+            raise UserError("loss_type spa needs a dataset whose length is known, no stream")
         if self._loss is None:
             why = padded_because or "it is combined with other losses, weights or divergences"
             raise UserError(f"loss_type spa needs packed batches and nothing beside it: {why}")
@@ -154,8 +176,6 @@ class SrlmDPOTrainer(DPOTrainer):  # type: ignore[misc]
         inputs, packed = _without_packed(inputs)
         if packed is not None and self._loss is not None and not return_outputs:
             return self._fused_loss(model, inputs, packed.to(self.accelerator.device))
-        if "spa" in self.loss_types:
-            raise UserError("loss_type spa needs prompts and responses that are not empty")
         theirs = partial(super()._compute_loss, model, inputs, return_outputs)
         return self._with_packed(packed, theirs)
 
@@ -223,10 +243,26 @@ class SrlmDPOTrainer(DPOTrainer):  # type: ignore[misc]
                 beta=self.beta, num_pairs=len(self.train_dataset), steps=steps,
                 like=torch.zeros((), device=self.accelerator.device),
             )  # fmt: skip
+            if self._stopped_at is not None:
+                self._noise.restore(json.loads(self._stopped_at.read_text("utf-8")))
+                self._stopped_at = None
         if self._noise_step != self.state.global_step:
             self._noise_step = self.state.global_step
             self._noise.begin_step(self._noise_step, _no_pass_over_all)
         return self._noise.loss(), config.spa_lambda
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        if self._noise is not None:
+            folder = Path(self._get_output_dir(trial), f"checkpoint-{self.state.global_step}")
+            write_json(folder / NOISE, self._noise.state())
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        path = Path(resume_from_checkpoint, NOISE)
+        if "spa" in self.loss_types and not path.is_file():
+            raise UserError(f"{path.parent} was not written with loss_type spa: it has no {NOISE}")
+        self._stopped_at = path if path.is_file() else None
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """TRL's; what was collected on the device is read first."""

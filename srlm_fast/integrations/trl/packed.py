@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from srlm_fast.errors import UserError
 from srlm_fast.model.prefix import checkpoint_contexts
 from srlm_fast.train.batches import Batch, collate
 
@@ -56,7 +57,7 @@ class Packed:
 
 @dataclass(frozen=True)
 class PackingCollator:
-    """Adds the `packed` form to what TRL's collator returns; none where a response is empty."""
+    """Adds the `packed` form to what TRL's collator returns."""
 
     padded: Any
 
@@ -65,25 +66,35 @@ class PackingCollator:
         return batch | {"packed": pack(batch)}
 
 
-def pack(batch: dict[str, Any]) -> Packed | None:
-    """The `input_ids`, `attention_mask` and `completion_mask` [2P, S] of TRL's collator, packed;
-    None where a prompt or a response is empty."""
-    ids, present, scored = (
-        batch[name].tolist() for name in ("input_ids", "attention_mask", "completion_mask")
-    )
+def pack(batch: dict[str, Any]) -> Packed:
+    """The `input_ids`, `attention_mask` and `completion_mask` [2P, S] of TRL's collator, packed.
+
+    A response may be empty. Where a prompt is, the response's first token stands in for it: nothing
+    predicts that one. Raises UserError for other batches than that collator's.
+    """
+    try:
+        ids, present, scored = (
+            batch[name].tolist() for name in ("input_ids", "attention_mask", "completion_mask")
+        )
+    except KeyError as missing:
+        raise UserError(
+            f"SrlmDPOTrainer needs batches of TRL's collator, and {missing} is not in them; leave "
+            "data_collator out"
+        ) from None
     width, count = len(ids[0]), len(ids)
     order = [half + pair for pair in range(count // 2) for half in (0, count // 2)]
     rows, places = [], []
     for i in order:
-        response = [s for s in range(width) if scored[i][s]]
-        prompt = [s for s in range(width) if present[i][s] and not scored[i][s]]
-        if not response or not prompt or prompt[-1] > response[0]:
-            return None
+        tokens = [s for s in range(width) if present[i][s]]
+        response = [s for s in tokens if scored[i][s] and s != tokens[0]]
+        prompt = tokens[: len(tokens) - len(response)]
+        if not prompt or response != tokens[len(prompt) :]:
+            raise UserError("a pair has no tokens, or its completion does not end the row")
         rows.append(([ids[i][s] for s in prompt], [ids[i][s] for s in response]))
         places += [i * (width - 1) + s - 1 for s in response]
     return Packed(
         collate(rows, pad_id=0, layout="shared"),
-        torch.tensor(places),
+        torch.tensor(places, dtype=torch.int64),
         sum(map(sum, present)),
     )
 

@@ -44,11 +44,16 @@ def judge_reward(judge: Judge, template: ChatTemplate) -> Reward:
 def _prompt(prompt: Any) -> Prompt:
     if isinstance(prompt, str):
         return user(prompt)
-    return tuple(Message(m["role"], m["content"]) for m in prompt)
+    return tuple(Message(m["role"], _text(m["content"])) for m in prompt)
 
 
-def _text(completion: Any) -> str:
-    return completion if isinstance(completion, str) else str(completion[-1]["content"])
+def _text(content: Any) -> str:
+    """Of a string, of the parts of a message, or of the last of several messages."""
+    if isinstance(content, str):
+        return content
+    if content and "role" in content[-1]:
+        return _text(content[-1]["content"])
+    return "".join(part.get("text", "") for part in content)
 
 
 def _sample(prompt: Prompt, text: str, ids: Sequence[int] | None, template: ChatTemplate) -> Sample:

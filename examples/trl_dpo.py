@@ -21,7 +21,7 @@ trainer = SrlmDPOTrainer(
         per_device_train_batch_size=4,
         max_length=512,
         use_cpu=not torch.cuda.is_available(),
-    ),  # fmt: skip
+    ),
     train_dataset=load_dataset("json", data_files=pairs, split="train"),
     processing_class=AutoTokenizer.from_pretrained(folder),
 )

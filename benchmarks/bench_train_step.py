@@ -125,10 +125,11 @@ def _ours(config: PreferenceConfig, refine: Refinement | None, inputs: Inputs) -
 
 
 def _trl(way: str, inputs: Inputs) -> Call:
+    # Trainers change the forward of the models that they are given: each has its own.
+    policy, reference = _copies(inputs)
     trainer, batch = trl_trainer(
-        inputs.policy, inputs.reference, inputs.pairs, way=way, beta=CONFIG.beta,
-        learning_rate=RATE,
-    )  # fmt: skip
+        policy, reference, inputs.pairs, way=way, beta=CONFIG.beta, learning_rate=RATE
+    )
     optimizer = trainer.create_optimizer()
 
     def call() -> Outputs:
@@ -136,7 +137,7 @@ def _trl(way: str, inputs: Inputs) -> Call:
         loss = trainer.compute_loss(trainer.model, dict(batch))
         loss.backward()
         norm = torch.nn.utils.get_total_norm(
-            [p.grad for p in inputs.policy.parameters() if p.grad is not None]
+            [p.grad for p in policy.parameters() if p.grad is not None]
         )
         optimizer.step()
         return {"loss": loss.detach(), "grad_norm": norm}

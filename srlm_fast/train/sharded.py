@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from srlm_fast.config import TrainConfig
+from srlm_fast.errors import UserError
 from srlm_fast.model.checkpointing import layers_of
 from srlm_fast.model.forward import decoder
 from srlm_fast.parallel import Ranks
@@ -46,7 +47,7 @@ def sharded(model: Any, ranks: Ranks) -> Iterator[Any]:
     all `ranks` make together. Afterwards `model` has its weights, whole, on every rank.
 
     Inside, and when an exception leaves it, `model` has no weights: with a rank missing they cannot
-    be gathered.
+    be gathered. Raises UserError where a parameter that trains cannot be shared out.
     """
     check_replicas(model, ranks)
     model.zero_grad(set_to_none=True)
@@ -93,7 +94,8 @@ def _shard(model: Any, ranks: Ranks) -> None:
     """Each layer is gathered as it is needed, and so is the rest of what is below the head.
 
     That is a root of its own: forwards begin there. The head is gathered by the ops that read its
-    weight. One that is tied is the embedding's share, to which both give their gradients.
+    weight. One that is tied is the embedding's share, to which both give their gradients; its bias
+    is shared out all the same.
     """
     # Here, because a torch may be built without.
     from torch.distributed.device_mesh import init_device_mesh
@@ -108,4 +110,16 @@ def _shard(model: Any, ranks: Ranks) -> None:
     for module in (*reversed(layers_of(model)), decoder(model), *([] if tied else [head])):
         fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
     if tied:
+        if getattr(head, "bias", None) is not None:  # which is the head's own
+            fully_shard(
+                head, mesh=mesh, mp_policy=policy, reshard_after_forward=True,
+                ignored_params={head.weight},
+            )  # fmt: skip
         head.weight = embedding.weight
+    # The gradient of a whole one would not be summed over the ranks, and nothing would show it.
+    whole = [n for n, p in model.named_parameters() if p.requires_grad and not is_sharded(p)]
+    if whole:
+        raise UserError(
+            f"parallel: shard cannot share out {whole[0]} of this model, which is in no layer and"
+            " not in its head; set parallel to replicate"
+        )

@@ -42,10 +42,10 @@ SFT = TrainConfig(
 )
 
 
-def made(*, tied=True, dtype=torch.float64):
-    """A model; its own head has a bias."""
+def made(*, tied=True, biased=None, dtype=torch.float64):
+    """A model; a head of its own has a bias, and a tied one if it is to."""
     model = new_model(dtype=dtype, tied=tied)
-    if not tied:
+    if biased or not tied:
         head = model.get_output_embeddings()
         bias = torch.linspace(-1, 1, len(head.weight), dtype=dtype)
         head.bias = torch.nn.Parameter(bias)
@@ -116,14 +116,27 @@ def gradients(found):
         yield
 
 
+def the_bias_of_a_tied_head_is_that_of_one_process():
+    assert_same(tuned(here(), biased=True), tuned(ALONE, biased=True))
+    found = preferred(here(), refine=REFINE, biased=True)
+    assert_same(found, preferred(ALONE, refine=REFINE, biased=True))
+
+
+def a_parameter_that_cannot_be_shared_out_is_refused():
+    model = made()
+    model.scale = torch.nn.Parameter(torch.ones(3))
+    with pytest.raises(UserError, match="cannot share out scale"), sharded(model, here()):
+        pass
+
+
 def gradients_are_sums():
     """Adam would hide a factor, and one of the head alone would hide in the norm."""
-    for tied in (True, False):
+    for kind in ({}, {"biased": True}, {"tied": False}):
         found, expected = [], []
         with gradients(found):
-            preferred(here(), tied=tied)
+            preferred(here(), **kind)
         with gradients(expected):
-            preferred(ALONE, tied=tied)
+            preferred(ALONE, **kind)
         torch.testing.assert_close(found, expected, atol=1e-12, rtol=1e-9)
 
 
@@ -324,6 +337,8 @@ CHECKS = {
         sft_is_that_of_one_process,
         dpo_is_that_of_one_process,
         spa_is_that_of_one_process,
+        the_bias_of_a_tied_head_is_that_of_one_process,
+        a_parameter_that_cannot_be_shared_out_is_refused,
         gradients_are_sums,
         checkpointed_layers_are_computed_again,
         most_ranks_may_have_nothing,

@@ -180,6 +180,17 @@ def active_state(model: Any) -> dict[str, Tensor]:
     return {key: t for key, t in state.items() if not any(name in f"{key}." for name in off)}
 
 
+def active_scaling(model: Any) -> dict[str, float]:
+    """By what the product of each adapter that is on is multiplied: alpha and rank decide it."""
+    return {
+        f"{place}.{name}": layer.scaling[name]
+        for place, layer in model.named_modules()
+        if hasattr(layer, "base_layer") and not layer.disable_adapters
+        for name in layer.active_adapters
+        if name in getattr(layer, "scaling", {})
+    }
+
+
 def _read(folder: Path) -> dict[str, Tensor]:
     from peft import load_peft_weights
 

@@ -24,8 +24,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from srlm_fast.config import PreferenceConfig
-from srlm_fast.model.adapters import FrozenAdapter, active_state
+from srlm_fast.model.adapters import FrozenAdapter, active_scaling, active_state
 from srlm_fast.model.forward import Head, lm_head
+from srlm_fast.model.load import text_config
 from srlm_fast.model.phase import inference
 from srlm_fast.parallel import ALONE, Ranks
 from srlm_fast.train.batches import Batch
@@ -34,6 +35,11 @@ from srlm_kernels import linear_logp
 
 # How far cached sums may be from the same sums in another batch, in times of what is measured.
 _SLACK = 4.0
+
+# Entries of a model's configuration that leave what it computes as it is.
+_NO_FUNCTION = {
+    "_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache",
+}  # fmt: skip
 
 Collate = Callable[[Sequence[int]], Batch]
 
@@ -286,9 +292,9 @@ def cache_states(
 
 
 def fingerprint(model: Any) -> str:
-    """Of the weights, or of those that a `FrozenAdapter` computes with: where one is changed it is
-    another, but for the rarest accident. Whole numbers, whose sums are the same in any order, and
-    so on any number of threads."""
+    """Of the weights, or of those that a `FrozenAdapter` computes with, and of what decides how they
+    are computed with: where one is changed it is another, but for the rarest accident. Whole
+    numbers, whose sums are the same in any order, and so on any number of threads."""
     if isinstance(model, FrozenAdapter):
         with model.active() as adapted:
             return fingerprint(adapted)
@@ -298,4 +304,13 @@ def fingerprint(model: Any) -> str:
         bits = flat.view(whole[flat.element_size()]).long()
         sums = torch.stack([bits.sum(), bits.square().sum(), bits[::7].sum(), bits[::11].sum()])
         state.update(f"{name}{list(weight.shape)}{sums.tolist()}".encode())
+    state.update(f"{_configuration(model)}{active_scaling(model)}".encode())
     return state.hexdigest()
+
+
+def _configuration(model: Any) -> dict[str, Any]:
+    """What the family computes, such as RoPE and scales; not what saving and loading change."""
+    if not hasattr(model, "config"):
+        return {}
+    facts: dict[str, Any] = json.loads(text_config(model).to_json_string())
+    return {key: facts[key] for key in sorted(facts.keys() - _NO_FUNCTION)}

@@ -47,14 +47,40 @@ def sft(make_model, rows):
     return run
 
 
+def nothing(model):
+    pass
+
+
+def one_weight(model):
+    with torch.no_grad():
+        model.get_input_embeddings().weight[7, 3] += 0.5
+
+
+def softcap(model):
+    model.config.final_logit_softcapping = 2.0
+
+
+def one_token(pairs):
+    """The pairs with another token in the first of them."""
+    first = pairs[0]
+    ids = (*first.chosen_ids[:-1], first.chosen_ids[-1] + 1)
+    return [replace(first, chosen_ids=ids), *pairs[1:]]
+
+
 @pytest.fixture
 def preference(make_model, pairs):
-    def run(config, folder, refine=None, dtype=torch.float64):
+    def run(config, folder, refine=None, dtype=torch.float64, **other):
+        """other: what differs; pairs, seed, and what is done to the model and its reference."""
         model, logs = make_model(dtype=dtype), []
+        other.get("both", nothing)(model)
+        reference = frozen_copy(model) if config.reference_cache == "none" else model
+        other.get("start", nothing)(model)
+        other.get("reference", nothing)(reference)
         summary = train_preference(
-            model, frozen_copy(model) if config.reference_cache == "none" else model, pairs,
-            config, refine=refine, seed=0, pad_id=0, log=logs.append, eval_pairs=pairs[:3],
-            cache=folder, checkpoint=folder,
+            model, reference, other.get("pairs", pairs), config, refine=refine,
+            seed=other.get("seed", 0), pad_id=0, log=logs.append,
+            reference_is_start=not {"start", "reference"} & set(other),
+            eval_pairs=other.get("eval_pairs", pairs[:3]), cache=folder, checkpoint=folder,
         )  # fmt: skip
         return model, summary, logs
 
@@ -255,6 +281,31 @@ def test_another_training_has_other_checkpoints(sft, preference, monkeypatch, tm
     assert_same(sft(rare, tmp_path), sft(replace(SFT, save_steps=0), None))
     kept = {path.parent.name: path.name for path in saved(tmp_path)}
     assert sorted(kept.values()) == ["checkpoint-5", "checkpoint-6", "checkpoint-6"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "change"),
+    [
+        ("pairs", one_token),
+        ("eval_pairs", one_token),
+        ("seed", 1),
+        ("start", one_weight),
+        ("reference", one_weight),
+        ("both", softcap),
+        ("refine", replace(SPA, alpha=0.2)),
+    ],
+)
+def test_what_makes_another_training(kind, change, preference, pairs, monkeypatch, tmp_path):
+    """The checkpoint of one that differs in this alone is not taken up."""
+    other = {kind: change}
+    if change is one_token:
+        other = {kind: one_token(pairs[:3] if kind == "eval_pairs" else pairs)}
+    stop_after(lambda: preference(DPO, tmp_path, refine=SPA), 4, monkeypatch)
+    found = preference(DPO, tmp_path, **{"refine": SPA, **other})
+    expected = preference(replace(DPO, save_steps=0), None, **{"refine": SPA, **other})
+    assert_same(found, expected)
+    unlike = preference(replace(DPO, save_steps=0), None, refine=SPA)
+    assert unlike[1:] != expected[1:], "it is another"
 
 
 def test_no_pass_of_the_reference_is_made_again(preference, monkeypatch, tmp_path):

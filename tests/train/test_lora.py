@@ -35,7 +35,7 @@ def shift(model, seed):
                 weight.add_(torch.randn(weight.shape, generator=g, dtype=torch.float64) / 5)
 
 
-def adapted(family, dtype=torch.float64):
+def adapted(family, dtype=torch.float64, **settings):
     """A model whose adapters were trained before."""
     config = AutoConfig.for_model(
         family, vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
@@ -46,7 +46,7 @@ def adapted(family, dtype=torch.float64):
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config).eval().to(dtype)
-    adapters = Adapters(model, LoraConfig(r=4, lora_alpha=4), base=BASE)
+    adapters = Adapters(model, LoraConfig(**{"r": 4, "lora_alpha": 4, **settings}), base=BASE)
     shift(adapters.model, 1)
     return adapters
 
@@ -166,6 +166,28 @@ def test_states_do_not_depend_on_adapters_that_are_off(pairs, tmp_path):
         )  # fmt: skip
         names.append({p.name for p in tmp_path.iterdir()})
     assert names[0] == names[1]
+
+
+@pytest.mark.parametrize("change", [{"lora_alpha": 64}, {"use_rslora": True}])
+@pytest.mark.parametrize("cache", ["logps", "states"])
+def test_another_scaling_is_another_training(change, cache, pairs, tmp_path):
+    """It is in no weight: neither a checkpoint nor a cached reference may be taken for it."""
+
+    def train(folder, **settings):
+        ours = adapted("llama", **settings)
+        config = replace(CONFIG, reference_cache=cache, save_steps=1)
+        summary = train_preference(
+            ours.model, ours.frozen(), pairs, config, seed=0, pad_id=0, log=lambda _: None,
+            cache=folder, checkpoint=folder,
+        )  # fmt: skip
+        return summary, policy_of(ours.model)
+
+    train(tmp_path)
+    kept = {path.name for path in tmp_path.iterdir()}
+    found, expected = (train(folder, **change) for folder in (tmp_path, tmp_path / "alone"))
+    assert found[0] == expected[0]
+    assert all(torch.equal(p, expected[1][name]) for name, p in found[1].items())
+    assert not kept & {path.name for path in (tmp_path / "alone").iterdir()}
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from transformers import MistralConfig, MistralForCausalLM
 
 from srlm_fast.config import PreferenceConfig
 from srlm_fast.errors import UserError
@@ -89,6 +90,37 @@ def test_the_fingerprint_of_weights_does_not_depend_on_threads(dtype):
     with torch.no_grad():
         model.weight[3, 2] += 0.5
     assert reference.fingerprint(model) not in found
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"final_logit_softcapping": 3.0},
+        {"logit_scale": 0.5},
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}},
+        {"rms_norm_eps": 1e-3},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_the_fingerprint_is_of_the_function_too(make_model, change):
+    model = make_model()
+    before = reference.fingerprint(model)
+    for name, value in change.items():
+        setattr(model.config, name, value)
+    assert reference.fingerprint(model) != before
+
+
+def test_saving_changes_no_fingerprint(tmp_path):
+    config = MistralConfig(
+        vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
+        num_attention_heads=4, num_key_value_heads=2,
+    )  # fmt: skip
+    model = MistralForCausalLM(config)
+    before = reference.fingerprint(model)
+    model.save_pretrained(tmp_path)
+    loaded = MistralForCausalLM.from_pretrained(tmp_path)
+    model.config.use_cache = False
+    assert reference.fingerprint(model) == reference.fingerprint(loaded) == before
 
 
 @pytest.mark.parametrize("cache", ["logps", "states"])

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 from srlm_fast.config import TrainConfig
@@ -121,17 +121,23 @@ class MicroBatches:
 
         Raises UserError when they hold one item each already.
         """
-        before = self._of_all_ranks(step)
-        if len(before) == len(step):
-            longest = max(map(self.tokens, before))
-            raise UserError(
-                f"out of memory with a single item of {longest} tokens: set gradient_checkpointing"
-                " to true, lower max_length, or train adapters (lora.r)"
-            )
+        self._halve(lambda: self._of_all_ranks(step), "set gradient_checkpointing to true, ")
+
+    def halve_forwards(self, items: Sequence[int], step: int) -> None:
+        """The same where the `forwards` of these were too much, without gradients."""
+        self._halve(lambda: self.forwards(items, step))
+
+    def _halve(self, cut: Callable[[], list[list[int]]], cure: str = "") -> None:
+        before = cut()
         # An item may be longer than the limit, and does not move with it.
         largest = max(map(self.tokens, before))
+        if all(len(micro) == 1 for micro in before):
+            raise UserError(
+                f"out of memory with a single item of {largest} tokens: {cure}lower max_length, or"
+                " train adapters (lora.r)"
+            )
         self.max_tokens = min(self.max_tokens or largest, largest)
-        while len(self._of_all_ranks(step)) == len(before):
+        while len(cut()) == len(before):
             self.max_tokens //= 2
 
     def _of_all_ranks(self, step: Sequence[int]) -> list[list[int]]:

@@ -300,7 +300,7 @@ def test_what_makes_another_training(kind, change, preference, pairs, monkeypatc
     other = {kind: change}
     if change is one_token:
         other = {kind: one_token(pairs[:3] if kind == "eval_pairs" else pairs)}
-    stop_after(lambda: preference(DPO, tmp_path, refine=SPA), 4, monkeypatch)
+    stop_after(lambda: preference(DPO, tmp_path, refine=SPA), 5, monkeypatch)
     found = preference(DPO, tmp_path, **{"refine": SPA, **other})
     expected = preference(replace(DPO, save_steps=0), None, **{"refine": SPA, **other})
     assert_same(found, expected)

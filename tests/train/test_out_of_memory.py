@@ -8,8 +8,11 @@ import torch
 from srlm_fast.config import PreferenceConfig
 from srlm_fast.errors import UserError
 from srlm_fast.model.weights import frozen_copy
+from srlm_fast.parallel import ALONE
 from srlm_fast.train import batches
+from srlm_fast.train.evaluation import held_out_means
 from srlm_fast.train.noise import Refinement
+from srlm_fast.train.plan import MicroBatches
 from srlm_fast.train.preference import train_preference
 
 CONFIG = PreferenceConfig(
@@ -19,11 +22,11 @@ CONFIG = PreferenceConfig(
 
 @pytest.fixture
 def train(make_model, pairs):
-    def run(config=CONFIG, refine=None):
+    def run(config=CONFIG, refine=None, eval_pairs=()):
         model, logs = make_model(), []
         summary = train_preference(
             model, frozen_copy(model), pairs, config, refine=refine, seed=0, pad_id=0,
-            log=logs.append,
+            log=logs.append, eval_pairs=eval_pairs,
         )  # fmt: skip
         weights = torch.cat([p.detach().flatten() for p in model.parameters()])
         return weights, summary, logs
@@ -77,3 +80,66 @@ def test_a_pair_that_does_not_fit_alone_ends_the_training(train, small_memory):
     small_memory(3)
     with pytest.raises(UserError, match=r"out of memory with a single item of .*checkpointing"):
         train(replace(CONFIG, micro_batch_size=2))
+
+
+@pytest.fixture
+def held_out(pairs):
+    """Pairs that are longer than those trained on."""
+    long = [(*range(2, 22),), (*range(20, 40),), (*range(12, 28),)]
+    return [
+        replace(pair, prompt_ids=(*long[0], i + 2), chosen_ids=long[1], rejected_ids=long[2])
+        for i, pair in enumerate(pairs[:5])
+    ]
+
+
+@pytest.fixture
+def small_evaluation(monkeypatch):
+    """Room for so many tokens in a forward of any kind."""
+
+    def limit(tokens):
+        states = batches.Batch.states
+
+        def limited(self, model):
+            if self.num_tokens > tokens:
+                raise torch.OutOfMemoryError("no room")
+            return states(self, model)
+
+        monkeypatch.setattr(batches.Batch, "states", limited)
+
+    return limit
+
+
+EVALUATED = replace(CONFIG, per_device_train_batch_size=3, eval_steps=3)
+
+
+def test_an_evaluation_is_done_again_in_smaller_parts(train, small_evaluation, held_out):
+    """And the training is as it was: what is trained on is short enough."""
+    weights, summary, logs = train(EVALUATED, eval_pairs=held_out)
+    small_evaluation(90)
+    with pytest.warns(UserWarning, match=r"in an evaluation.*at most \d+ tokens"):
+        again, other, later = train(EVALUATED, eval_pairs=held_out)
+    assert torch.equal(again, weights) and other == summary and not other["out_of_memory"]
+    for row, expected in zip(later, logs, strict=True):
+        assert row == pytest.approx(expected, rel=1e-9, abs=1e-11)
+        assert row == expected or "eval_loss" in row
+
+
+@pytest.mark.filterwarnings("ignore:out of memory")
+def test_a_held_out_pair_that_does_not_fit_alone_is_one_sentence(train, small_evaluation, held_out):
+    small_evaluation(54)
+    with pytest.raises(UserError, match=r"single item of 57 tokens: lower max_length"):
+        train(replace(EVALUATED, per_device_train_batch_size=2), eval_pairs=held_out)
+
+
+def test_an_evaluation_with_sharded_weights_ends_there(make_model):
+    """The other ranks are in the midst of a forward."""
+
+    def sums(indices):
+        raise torch.OutOfMemoryError("no room")
+
+    ranks, items = replace(ALONE, sharded=True), [(((2, 3), (4, 5)),)] * 4
+    with pytest.raises(UserError, match="weights are sharded.*lower micro_batch_tokens"):
+        held_out_means(
+            make_model(), range(4), CONFIG, MicroBatches(items, CONFIG, "shared", ranks), sums,
+            ranks,
+        )  # fmt: skip

@@ -22,7 +22,7 @@ from srlm_fast.train.batches import Batch
 from srlm_fast.train.checkpoint import Checkpoints
 from srlm_fast.train.noise import Refinement
 from srlm_fast.train.plan import MicroBatches, plan_steps
-from srlm_fast.train.preference import train_preference
+from srlm_fast.train.preference import _Steps, train_preference
 from srlm_fast.train.sft import train_sft
 from tests.srlm_kernels import ranks as processes
 from tests.train.tiny import draw_pairs, draw_rows, new_model
@@ -242,17 +242,37 @@ def a_training_that_is_stopped_goes_on():
         assert_goes_on(partial(train, refine))
 
 
-def held_out_pairs_are_shared():
-    def run(ranks):
-        model, logs = new_model(), []
-        train_preference(
-            model, frozen_copy(model), draw_pairs(), replace(CONFIG, eval_steps=3), seed=0,
-            pad_id=0, log=logs.append, ranks=ranks, eval_pairs=draw_pairs()[:5],
-        )  # fmt: skip
-        return [row for row in logs if "eval_loss" in row]
-
-    found, alone = run(here()), run(ALONE)
+def evaluated(ranks, config):
+    model, logs = new_model(), []
+    train_preference(
+        model, frozen_copy(model), draw_pairs(), config, seed=0, pad_id=0, log=logs.append,
+        ranks=ranks, eval_pairs=draw_pairs()[:5],
+    )  # fmt: skip
+    found = [row for row in logs if "eval_loss" in row]
     assert len(found) == 2
+    return found
+
+
+def held_out_pairs_are_shared():
+    config = replace(CONFIG, eval_steps=3)
+    for row, expected in zip(evaluated(here(), config), evaluated(ALONE, config), strict=True):
+        assert row == pytest.approx(expected, rel=1e-9, abs=1e-11)
+
+
+def memory_may_run_out_in_an_evaluation_on_one_rank():
+    config, ranks = replace(CONFIG, eval_steps=2, per_device_train_batch_size=8), here()
+    plain, alone = _Steps.eval_sums, evaluated(ALONE, config)
+
+    def limited(self, indices):
+        if ranks.main and len(indices) > 1:
+            raise torch.OutOfMemoryError("no room")
+        return plain(self, indices)
+
+    small = mock.patch.object(_Steps, "eval_sums", limited)
+    with small, warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        found = evaluated(ranks, config)
+    assert sum("in an evaluation" in str(warning.message) for warning in said) >= 2
     for row, expected in zip(found, alone, strict=True):
         assert row == pytest.approx(expected, rel=1e-9, abs=1e-11)
 
@@ -271,6 +291,7 @@ CHECKS = [
     weights_that_differ_are_noticed,
     a_training_that_is_stopped_goes_on,
     held_out_pairs_are_shared,
+    memory_may_run_out_in_an_evaluation_on_one_rank,
 ]
 
 

@@ -13,6 +13,7 @@ DROPS = {
     "prompts": ("prompts_dropped",),
     "in the round": ("dropped",),
     "in training": ("training", "dropped"),
+    "held-out pairs": ("training", "eval_dropped"),
     "EFT groups": ("eft", "groups_dropped"),
     "EFT rows": ("eft", "rows_dropped"),
     "test prompts": ("test_prompts_dropped",),

@@ -23,15 +23,16 @@ Sums = Callable[[Sequence[int]], tuple[int, dict[str, Tensor]]]
 
 def held_out_items(
     items: Sequence[Item], start: int, config: TrainConfig, max_length: int
-) -> list[int]:
-    """Which of `items[start:]` can be evaluated on, and none where `eval_steps` is 0.
+) -> tuple[list[int], dict[str, int]]:
+    """Which of `items[start:]` can be evaluated on, none where `eval_steps` is 0; and the number
+    dropped by reason.
 
     Raises UserError where there are some and none can be used.
     """
     if not config.eval_steps or start == len(items):
-        return []
-    usable, _ = usable_items(items[start:], max_length, "evaluation")
-    return [start + index for index in usable]
+        return [], {}
+    usable, dropped = usable_items(items[start:], max_length, "evaluation")
+    return [start + index for index in usable], dict(dropped)
 
 
 def held_out_means(

@@ -82,6 +82,7 @@ def fit(
     with _prepared(model, config):
         if found := checkpoints and checkpoints.newest():
             training.restore(found)
+        del found  # it maps a file, which will be deleted as later ones are written
         bar = tqdm(
             plan[training.step :], name, len(plan), unit="step", initial=training.step,
             disable=None if ranks.main else True,

@@ -65,11 +65,15 @@ class Optimizer:
         pairs = zip(self.params, self.masters, strict=True)
         self._apart = [(p, m) for p, m in pairs if p is not m]
         self._config = config
-        if config.bf16_stochastic_rounding and not any(_is_rounded(m) for m in self.masters):
-            raise UserError(
-                "bf16_stochastic_rounding is for bf16 matrices of 4096 numbers or more, and none"
-                " are trained here; leave it off, or set dtype to bfloat16"
-            )
+        if config.bf16_stochastic_rounding:
+            # A rank's share may have nothing to round where another's has.
+            if not ranks.any(any(_is_rounded(m) for m in self.masters)):
+                is_bf16 = any(p.dtype == torch.bfloat16 for p in self.params)
+                raise UserError(
+                    "bf16_stochastic_rounding is for bf16 matrices of 4096 numbers or more, each or"
+                    " its share on a process, and none are trained here; leave it off"
+                    + ("" if is_bf16 else ", or set dtype to bfloat16")
+                )
         self._adamw = _adamw(self.masters, config)
         self._fused = bool(self._adamw.defaults.get("fused"))
         zero = torch.zeros((), device=self.params[0].device)
@@ -162,7 +166,8 @@ class Optimizer:
 
     @torch.no_grad()
     def restore(self, state: dict[str, Tensor]) -> None:
-        """Takes up what `state` gave, weights of the model included; `state` is not changed."""
+        """Takes up what `state` gave, weights of the model included; `state` is neither changed nor
+        kept, since it may map a file."""
         moments: dict[str, dict[str, Tensor]] = {}
         on_cpu = self.masters[0].device.type == "cpu"  # elsewhere it is copied to the device
         for key, value in state.items():
@@ -179,7 +184,8 @@ class Optimizer:
         numbered = {i: moments[name] for i, name in enumerate(order) if name in moments}
         self._adamw.load_state_dict({"state": numbered, "param_groups": groups})
         self.skipped, self._streak, self._worst = (
-            state[name].to(self.skipped.device) for name in ("skipped", "streak", "worst")
+            state[name].to(self.skipped.device, copy=True)
+            for name in ("skipped", "streak", "worst")
         )
 
     def check(self) -> None:

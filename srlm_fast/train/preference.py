@@ -74,8 +74,8 @@ def train_preference(
     means over the usable `eval_pairs` as eval_loss (without label refinement) and eval_rewards/*.
     checkpoint: the folder for `config.save_steps`; called again with the same arguments, the start
     weights of `model` and those of `reference` included, a training that was stopped goes on.
-    Returns `fit`'s summary and: `pairs` trained on; `dropped` by reason; `margins` (beta-scaled),
-    `accuracies`, and against the reference, in nats, `chosen_logp_change` and
+    Returns `fit`'s summary and: `pairs` trained on; `dropped` by reason; where there is an evaluation,
+    `eval_dropped` by reason; `margins` (beta-scaled), `accuracies`, and against the reference, in nats, `chosen_logp_change` and
     `rejected_logp_change`, each a mean over the last quarter of the steps; with `refine`, `flags`
     as long as `pairs`: whether the pair was flagged when last trained on, None if alpha was 0 then
     or it was dropped.
@@ -88,7 +88,7 @@ def train_preference(
     ]
     max_length = config.max_length or context_length(model)
     kept, dropped = usable_items(items[: len(pairs)], max_length)
-    held_out = held_out_items(items, len(pairs), config, max_length)
+    held_out, eval_dropped = held_out_items(items, len(pairs), config, max_length)
     plan, layout = plan_steps(kept, config, seed), choose_layout(model, config)
     loss, size = pair_loss(config), config.per_device_train_batch_size
     with placed(config, ranks, model, reference) as (ranks, (model, reference)):
@@ -124,6 +124,8 @@ def train_preference(
         )  # fmt: skip
         late_means = _late(late.means(), config.beta)
         summary |= {"pairs": len(kept), "dropped": dict(dropped), **late_means}
+        if held_out:
+            summary["eval_dropped"] = eval_dropped
         if noise:
             summary["flags"] = noise.flags(len(pairs))
     return summary

@@ -42,13 +42,13 @@ def train_sft(
     eval_loss of the usable `eval_rows`, a mean over their tokens.
     checkpoint: the folder for `config.save_steps`; called again with the same arguments, start
     weights included, a training that was stopped goes on. For `ranks` see `fit`.
-    Returns `fit`'s summary, `rows` trained on and `dropped` by reason. Raises UserError when no row
-    is left or training diverges.
+    Returns `fit`'s summary, `rows` trained on and `dropped` by reason; where there is an evaluation,
+    `eval_dropped` by reason. Raises UserError when no row is left or training diverges.
     """
     max_length = config.max_length or context_length(model)
     items = [((prompt, response),) for prompt, response in (*rows, *eval_rows)]
     kept, dropped = usable_items(items[: len(rows)], max_length)
-    held_out = held_out_items(items, len(rows), config, max_length)
+    held_out, eval_dropped = held_out_items(items, len(rows), config, max_length)
     device, layout = next(model.parameters()).device, choose_layout(model, config)
     plan = plan_steps(kept, config, seed)
 
@@ -86,4 +86,5 @@ def train_sft(
                 checkpoint, config, items, [model], "sft", len(rows), seed, ranks=ranks
             ),
         )  # fmt: skip
-    return {**summary, "rows": len(kept), "dropped": dict(dropped)}
+    summary |= {"rows": len(kept), "dropped": dict(dropped)}
+    return summary | ({"eval_dropped": eval_dropped} if held_out else {})

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -281,6 +282,25 @@ def test_another_training_has_other_checkpoints(sft, preference, monkeypatch, tm
     assert_same(sft(rare, tmp_path), sft(replace(SFT, save_steps=0), None))
     kept = {path.parent.name: path.name for path in saved(tmp_path)}
     assert sorted(kept.values()) == ["checkpoint-5", "checkpoint-6", "checkpoint-6"]
+
+
+def test_a_training_that_goes_on_does_not_keep_the_file(sft, monkeypatch, tmp_path):
+    """It is mapped, and its room on the disk is free only when it is let go."""
+    stop_after(lambda: sft(SFT, tmp_path), 3, monkeypatch)
+    newest, write, tensors = Checkpoints.newest, Checkpoints.write, []
+
+    def spy(self):
+        found = newest(self)
+        tensors.extend(map(weakref.ref, found.tensors.values()))
+        return found
+
+    def write_without(self, found):
+        assert tensors and not any(ref() is not None for ref in tensors)
+        write(self, found)
+
+    monkeypatch.setattr(Checkpoints, "newest", spy)
+    monkeypatch.setattr(Checkpoints, "write", write_without)
+    assert sft(SFT, tmp_path)[1]["steps"] == 6
 
 
 @pytest.mark.parametrize(

@@ -55,7 +55,9 @@ def preference(make_model, pairs, tmp_path):
 def assert_training_is_the_same(found, expected):
     for tensor, other in zip(found[0].parameters(), expected[0].parameters(), strict=True):
         assert torch.equal(tensor, other)
-    assert found[1] == expected[1]
+    summary = dict(found[1])
+    assert summary.pop("eval_dropped") == {}
+    assert summary == expected[1]
     assert [row for row in found[2] if "loss" in row] == expected[2]
 
 
@@ -113,10 +115,16 @@ def test_a_cached_reference_holds_the_held_out_pairs_too(preference, pairs):
         assert row == pytest.approx(expected, rel=1e-6, abs=1e-8)
 
 
-def test_what_cannot_be_evaluated_on_is_left_out(sft, rows):
+def test_what_cannot_be_evaluated_on_is_left_out_and_counted(sft, preference, rows, pairs):
     config = replace(SFT, eval_steps=6)
-    long = ((5,) * 40, (6,) * 40)  # of a model with 64 positions
-    assert sft(config, [*rows[16:], long])[2] == sft(config, rows[16:])[2]
-    assert not [row for row in sft(config, [])[2] if "eval_loss" in row]
+    long, empty = ((5,) * 40, (6,) * 40), ((5,), ())  # of a model with 64 positions
+    found = sft(config, [*rows[16:], long, empty, long])
+    assert found[2] == sft(config, rows[16:])[2]
+    assert found[1]["eval_dropped"] == {"too_long": 2, "empty": 1} and not found[1]["dropped"]
+    _, summary, logs = sft(config, [])
+    assert not [row for row in logs if "eval_loss" in row] and "eval_dropped" not in summary
+    odd = replace(pairs[8], rejected_ids=())
+    summary = preference(replace(DPO, eval_steps=2), [*pairs[8:], odd])[1]
+    assert summary["eval_dropped"] == {"empty": 1} and not summary["dropped"]
     with pytest.raises(UserError, match="all 1 evaluation rows were dropped"):
         sft(config, [long])

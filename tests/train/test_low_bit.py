@@ -205,6 +205,21 @@ def test_what_has_no_8bit_moments_keeps_its_master(library, size):
         assert {t.dtype for t in moments} == {torch.float32}
 
 
+def test_another_process_may_have_what_is_rounded(library):
+    """All that this one has of the matrix is too small."""
+
+    class Two(Ranks):
+        def any(self, flag):
+            return True
+
+    share = torch.nn.Linear(8, 8, dtype=torch.bfloat16)
+    assert Optimizer(share, ROUNDED, Two()).masters[0].dtype == torch.float32
+    with pytest.raises(UserError, match=r"its share on a process.*leave it off$"):
+        Optimizer(share, ROUNDED)
+    with pytest.raises(UserError, match=r"set dtype to bfloat16$"):
+        Optimizer(share.float(), ROUNDED)
+
+
 @pytest.mark.parametrize("where", ["gradient", "loss"])
 def test_a_step_that_is_not_finite_changes_nothing(library, where):
     module, twin = layer(), layer()

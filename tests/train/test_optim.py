@@ -125,3 +125,18 @@ def test_bf16_gradients_accumulate_in_fp32():
 def test_a_model_without_trainable_parameters_is_refused():
     with pytest.raises(ValueError, match="no trainable"):
         Optimizer(_linear(torch.float32).requires_grad_(False), TrainConfig())
+
+
+def test_a_state_that_is_taken_up_is_not_kept():
+    """It may map a file."""
+    config = TrainConfig(learning_rate=0.1)
+    layer, other = _linear(torch.float32), _linear(torch.float32, seed=1)
+    before, after = Optimizer(layer, config), Optimizer(other, config)
+    _set_gradients(layer, 1.0)
+    before.step(torch.tensor(1.0), 1.0)
+    after.restore(before.state())
+    found, given = after.state(), before.state()
+    assert found.keys() == given.keys()
+    for name, tensor in found.items():
+        assert torch.equal(tensor, given[name])
+        assert tensor.data_ptr() != given[name].data_ptr(), name

@@ -65,15 +65,15 @@ class Optimizer:
         pairs = zip(self.params, self.masters, strict=True)
         self._apart = [(p, m) for p, m in pairs if p is not m]
         self._config = config
-        if config.bf16_stochastic_rounding:
-            # A rank's share may have nothing to round where another's has.
-            if not ranks.any(any(_is_rounded(m) for m in self.masters)):
-                is_bf16 = any(p.dtype == torch.bfloat16 for p in self.params)
-                raise UserError(
-                    "bf16_stochastic_rounding is for bf16 matrices of 4096 numbers or more, each or"
-                    " its share on a process, and none are trained here; leave it off"
-                    + ("" if is_bf16 else ", or set dtype to bfloat16")
-                )
+        # A rank's share may have nothing to round where another's has.
+        is_rounded = any(_is_rounded(master) for master in self.masters)
+        if config.bf16_stochastic_rounding and not ranks.any(is_rounded):
+            is_bf16 = any(p.dtype == torch.bfloat16 for p in self.params)
+            raise UserError(
+                "bf16_stochastic_rounding is for bf16 matrices of 4096 numbers or more, each or its"
+                " share on a process, and none are trained here; leave it off"
+                + ("" if is_bf16 else ", or set dtype to bfloat16")
+            )
         self._adamw = _adamw(self.masters, config)
         self._fused = bool(self._adamw.defaults.get("fused"))
         zero = torch.zeros((), device=self.params[0].device)

@@ -74,11 +74,11 @@ def train_preference(
     means over the usable `eval_pairs` as eval_loss (without label refinement) and eval_rewards/*.
     checkpoint: the folder for `config.save_steps`; called again with the same arguments, the start
     weights of `model` and those of `reference` included, a training that was stopped goes on.
-    Returns `fit`'s summary and: `pairs` trained on; `dropped` by reason; where there is an evaluation,
-    `eval_dropped` by reason; `margins` (beta-scaled), `accuracies`, and against the reference, in nats, `chosen_logp_change` and
-    `rejected_logp_change`, each a mean over the last quarter of the steps; with `refine`, `flags`
-    as long as `pairs`: whether the pair was flagged when last trained on, None if alpha was 0 then
-    or it was dropped.
+    Returns `fit`'s summary and: `pairs` trained on; `dropped` by reason, and `eval_dropped` where
+    there is an evaluation; `margins` (beta-scaled), `accuracies`, and against the reference, in
+    nats, `chosen_logp_change` and `rejected_logp_change`, each a mean over the last quarter of the
+    steps; with `refine`, `flags` as long as `pairs`: whether the pair was flagged when last trained
+    on, None if alpha was 0 then or it was dropped.
     Raises UserError when no pair is left, the loss is unknown or training diverges.
     """
     _check_cache(config, refine, own=reference is model)

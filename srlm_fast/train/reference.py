@@ -292,9 +292,9 @@ def cache_states(
 
 
 def fingerprint(model: Any) -> str:
-    """Of the weights, or of those that a `FrozenAdapter` computes with, and of what decides how they
-    are computed with: where one is changed it is another, but for the rarest accident. Whole
-    numbers, whose sums are the same in any order, and so on any number of threads."""
+    """Of the weights, or of those that a `FrozenAdapter` computes with, and of what is computed with
+    them: where one is changed it is another, but for the rarest accident. Whole numbers, whose sums
+    are the same in any order, and so on any number of threads."""
     if isinstance(model, FrozenAdapter):
         with model.active() as adapted:
             return fingerprint(adapted)

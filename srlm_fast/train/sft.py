@@ -42,8 +42,8 @@ def train_sft(
     eval_loss of the usable `eval_rows`, a mean over their tokens.
     checkpoint: the folder for `config.save_steps`; called again with the same arguments, start
     weights included, a training that was stopped goes on. For `ranks` see `fit`.
-    Returns `fit`'s summary, `rows` trained on and `dropped` by reason; where there is an evaluation,
-    `eval_dropped` by reason. Raises UserError when no row is left or training diverges.
+    Returns `fit`'s summary, `rows` trained on, `dropped` by reason, and `eval_dropped` where there
+    is an evaluation. Raises UserError when no row is left or training diverges.
     """
     max_length = config.max_length or context_length(model)
     items = [((prompt, response),) for prompt, response in (*rows, *eval_rows)]

@@ -292,7 +292,7 @@ def cache_states(
 
 
 def fingerprint(model: Any) -> str:
-    """Of the weights, or of those that a `FrozenAdapter` computes with, and of what is computed with
+    """Of the weights, or of those that a `FrozenAdapter` computes with, and of what is done with
     them: where one is changed it is another, but for the rarest accident. Whole numbers, whose sums
     are the same in any order, and so on any number of threads."""
     if isinstance(model, FrozenAdapter):

@@ -19,7 +19,7 @@ namespace {
 // words of one depth lie side by side.
 constexpr int64_t kRows = 8, kColumns = 2 * kLanes;
 constexpr int64_t kBlockColumns = 128, kMostBlockRows = 512;
-constexpr int64_t kMostStrips = 512;  // of a, 16 KB each, where 64 rows do with them
+constexpr int64_t kMostStrips = 256;  // of a, 16 KB each, where 64 rows do with them
 using Strip = Words[kPart];
 
 // Any matrix of which rows or columns are contiguous, as its rows or columns ("lines") are packed.

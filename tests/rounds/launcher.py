@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 
@@ -44,6 +45,8 @@ def start(world: int, name: str, words: Sequence[str], change: Callable[[int], N
         for stream, suffix in ((1, "out"), (2, "err")):
             file = os.open(f"{name}-{rank}.{suffix}", os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
             os.dup2(file, stream)
+        # A shell has what it starts in the background ignore Ctrl-C.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         os.environ.update(environment, RANK=str(rank), LOCAL_RANK=str(rank))
         change(rank)
         sys.exit(main(words))

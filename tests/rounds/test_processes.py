@@ -245,7 +245,7 @@ def test_ranks_that_see_different_folders(runs: Path) -> None:
 def test_torchrun(tmp_path: Path) -> None:
     torchrun = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "srlm_fast.loop")
     plan = launch(*torchrun, "--dry-run", folder=tmp_path).stdout
-    assert plan.count("method srlm") == 1 and "2 processes, each with the whole model" in plan
+    assert plan.count("method srlm") == 1 and "2 processes; in preference" in plan
     failed = launch(*torchrun, "--preference.bta", "1", folder=tmp_path, check=False)
     assert failed.returncode != 0 and failed.stderr.count("did you mean beta?") == 1
 

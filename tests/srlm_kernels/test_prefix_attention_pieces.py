@@ -34,7 +34,7 @@ def test_float64_is_exact(plan: PrefixPlan, heads: Heads) -> None:
 @pytest.mark.parametrize("heads", HEADS.values(), ids=HEADS)
 @pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
 def test_as_close_as_torch_with_unshared_prompts(plan, heads, dtype) -> None:
-    """Twice its error at most, and one rounding: a merged result has been rounded before."""
+    """Twice its error at most, and two roundings: a merged result has been rounded before."""
     row = Row(plan, heads)
     rounded = [x.to(torch.float64) for x in (*row.leaves(dtype), row.upstream(dtype))]
     leaves = [x.detach().requires_grad_() for x in rounded[:3]]
@@ -44,7 +44,7 @@ def test_as_close_as_torch_with_unshared_prompts(plan, heads, dtype) -> None:
         errors(with_gradients(f, row, dtype), truth) for f in (attend, by_response)
     )  # fmt: skip
     for our, their in zip(ours, theirs, strict=True):
-        assert our <= 2 * their + torch.finfo(dtype).eps, (ours, theirs)
+        assert our <= 2 * (their + torch.finfo(dtype).eps), (ours, theirs)
     assert dtype == torch.bfloat16 or max(ours) < 1e-5
 
 

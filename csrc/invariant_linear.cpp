@@ -49,6 +49,10 @@ struct Block {
   }
 };
 
+// Sums run over as many words from left to right, and are then added up: half as many as in tile.h,
+// since a row of few words is summed by one lane alone, where libraries have sixteen.
+constexpr int64_t kSum = 128;
+
 // Two blocks of rows of w, and their products with up to 32 rows of x.
 constexpr int64_t kBlocks = 2;
 template <class T>
@@ -68,7 +72,7 @@ template <class T, int64_t kRows>
   do {
     for (int64_t first = 0; first < kBlocks; first += kAtOnce) {
       Floats sums[kAtOnce][kRows]{};
-      for (int64_t k = part; k < std::min(part + kPart, words); k += kLanes)
+      for (int64_t k = part; k < std::min(part + kSum, words); k += kLanes)
 #pragma GCC unroll 2
         for (int64_t b = 0; b < kAtOnce; ++b) {
           Tile tile;
@@ -83,7 +87,7 @@ template <class T, int64_t kRows>
       for (int64_t b = 0; b < kAtOnce; ++b)
         for (int64_t m = 0; m < kRows; ++m) add(out[first + b][0][m], sums[b][m], part);
     }
-  } while ((part += kPart) < words);
+  } while ((part += kSum) < words);
 }
 
 // Lanes are rows of x: kVectors times sixteen, transposed, so that a column's words lie together.
@@ -94,7 +98,7 @@ template <class T, int64_t kVectors>
   do {
     for (int64_t first = 0; first < kLanes; first += kRows) {
       Floats sums[kRows][kVectors]{};
-      for (int64_t k = part; k < std::min(part + kPart, words); k += kLanes) {
+      for (int64_t k = part; k < std::min(part + kSum, words); k += kLanes) {
         Words tile[kRows];
         w.template read<kRows>(tile, first, k);
         for (int64_t j = 0; j < kLanes; ++j)
@@ -108,7 +112,7 @@ template <class T, int64_t kVectors>
       for (int64_t n = 0; n < kRows; ++n)
         for (int64_t v = 0; v < kVectors; ++v) add(out[v][first + n], sums[n][v], part);
     }
-  } while ((part += kPart) < words);
+  } while ((part += kSum) < words);
   for (int64_t v = 0; v < kVectors; ++v) transpose(out[v]);
 }
 

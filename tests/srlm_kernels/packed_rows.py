@@ -45,9 +45,11 @@ class Row:
     plan: PrefixPlan
     heads: Heads
     device: str = "cpu"
+    draw: int = 0
+    """Another number, other values."""
 
     def normal(self, heads: int, width: int, seed: int) -> Tensor:
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(seed + 100 * self.draw)
         shape = (heads, self.plan.total, width)
         return torch.randn(shape, generator=generator, dtype=torch.float64).transpose(0, 1)
 

@@ -65,8 +65,7 @@ def test_sums_are_as_good_as_fp32_allows(
     if impl == "torch":
         assert error(ours) <= error(expected.to(dtype)) + error(x.float() @ weight.float().T)
     else:
-        # A library may sum a row in sixteen parts, which rounds less than our 256 in a row.
-        assert error(ours) <= 4 * error(x.float() @ weight.float().T)
+        assert error(ours) <= 3 * error(x.float() @ weight.float().T)
 
 
 @pytest.mark.parametrize("dtype", [FLOAT, BFLOAT], ids=str)

@@ -34,18 +34,21 @@ def test_float64_is_exact(plan: PrefixPlan, heads: Heads) -> None:
 @pytest.mark.parametrize("heads", HEADS.values(), ids=HEADS)
 @pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
 def test_as_close_as_torch_with_unshared_prompts(plan, heads, dtype) -> None:
-    """Twice its error at most, and two roundings: a merged result has been rounded before."""
-    row = Row(plan, heads)
-    rounded = [x.to(torch.float64) for x in (*row.leaves(dtype), row.upstream(dtype))]
-    leaves = [x.detach().requires_grad_() for x in rounded[:3]]
-    out = by_response(*leaves, plan)
-    truth = [out.detach(), *torch.autograd.grad(out, leaves, rounded[3])]
-    ours, theirs = (
-        errors(with_gradients(f, row, dtype), truth) for f in (attend, by_response)
-    )  # fmt: skip
-    for our, their in zip(ours, theirs, strict=True):
-        assert our <= 2 * (their + torch.finfo(dtype).eps), (ours, theirs)
-    assert dtype == torch.bfloat16 or max(ours) < 1e-5
+    """Twice its error at most, and one rounding: a merged result has been rounded before. In the
+    mean over some rows: the error of one short row is as large as chance has it."""
+    totals = torch.zeros(2, 4, dtype=torch.float64)
+    draws = range(5)
+    for draw in draws:
+        row = Row(plan, heads, draw=draw)
+        rounded = [x.to(torch.float64) for x in (*row.leaves(dtype), row.upstream(dtype))]
+        leaves = [x.detach().requires_grad_() for x in rounded[:3]]
+        out = by_response(*leaves, plan)
+        truth = [out.detach(), *torch.autograd.grad(out, leaves, rounded[3])]
+        found = [errors(with_gradients(f, row, dtype), truth) for f in (attend, by_response)]
+        assert dtype == torch.bfloat16 or max(found[0]) < 1e-5
+        totals += torch.tensor(found, dtype=torch.float64)
+    ours, theirs = totals / len(draws)
+    assert (ours <= 2 * theirs + torch.finfo(dtype).eps).all(), (ours, theirs)
 
 
 @pytest.mark.parametrize("heads", [Heads(1, 1, 3), Heads(4, 2, 2)], ids=str)

@@ -20,7 +20,7 @@ TEXTS = sorted(
 
 PRINTING = {"srlm_fast/loop.py", "srlm_fast/env.py"}
 READING_ENVIRONMENT = (
-    "srlm_fast/config.py", "srlm_fast/env.py", "srlm_fast/parallel.py", "srlm_fast/sandbox/"
+    "srlm_fast/config/", "srlm_fast/env.py", "srlm_fast/parallel.py", "srlm_fast/sandbox/"
 )  # fmt: skip
 GLOBAL_RNG = re.compile(
     r"random\.(?!Random\b)\w+|(np|numpy)\.random\.(?!default_rng\b)\w+|torch\.(cuda\.)?manual_seed"

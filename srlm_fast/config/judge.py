@@ -1,0 +1,81 @@
+"""Who judges, which pairs come of it, and how models are evaluated."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from srlm_fast.config.rules import require, require_sampling
+
+
+@dataclass(frozen=True)
+class JudgeConfig:
+    """Who scores the candidates, and how. `random` and `longest` are controls."""
+
+    kind: Literal["prompted", "expected", "implicit", "random", "longest"] = "prompted"
+    prompt: str = "additive"  # a name in judge/prompts, or a file with both placeholders
+    num_samples: int = 3
+    temperature: float = 0.7
+    top_p: float = 0.9
+    max_new_tokens: int = 512
+
+    def __post_init__(self) -> None:
+        require(self.num_samples >= 1, "num_samples must be at least 1")
+        require(self.max_new_tokens >= 1, "max_new_tokens must be at least 1")
+        require_sampling(self.temperature, self.top_p)
+
+
+@dataclass(frozen=True)
+class PairsConfig:
+    """Which judged candidates become preference pairs."""
+
+    selection: Literal["min_max", "max_chosen", "all"] = "min_max"
+    length_control: float = 0.0  # Meta-Rewarding's rho, with min_max; 0: off
+    length_penalty: float = 0.0  # DICE's alpha: taken from the score for every token
+    balance_length: bool = False  # DICE's search for the penalty: lengths equal in the mean
+
+    def __post_init__(self) -> None:
+        require(0 <= self.length_control < 0.5, "length_control must be at least 0 and below 0.5")
+        known = ("min_max", "max_chosen", "all")
+        require(self.selection in known, f"selection must be one of {', '.join(known)}")
+        require(0 <= self.length_penalty < math.inf, "length_penalty must not be negative")
+        require(
+            not (self.balance_length and self.length_penalty), "balance_length finds length_penalty"
+        )
+        require(
+            self.selection == "min_max" or self.length_control == 0,
+            "length_control needs selection: min_max",
+        )
+
+
+@dataclass(frozen=True)
+class EFTConfig:
+    """Evaluation fine-tuning data (SRLM section 2.2)."""
+
+    enabled: bool = True
+    target: Literal["judge", "rank"] = "judge"
+    max_tries: int = 1  # judgings per ranked group until its order agrees
+    modal_cap: float = 1.0  # rows of the modal score at most this many times the runner-up; 0: off
+
+    def __post_init__(self) -> None:
+        require(self.max_tries >= 1, "max_tries must be at least 1")
+        require(self.modal_cap >= 0, "modal_cap must not be negative (0: off)")
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Evaluation after every model."""
+
+    num_prompts: int = 200
+    num_samples: int = 2
+    temperature: float = 0.7
+    top_p: float = 0.9
+    num_judge_groups: int = 60
+    greedy: bool = True
+
+    def __post_init__(self) -> None:
+        require(self.num_prompts >= 1, "num_prompts must be at least 1")
+        require(self.num_samples >= 1, "num_samples must be at least 1")
+        require(self.num_judge_groups >= 0, "num_judge_groups must not be negative")
+        require_sampling(self.temperature, self.top_p)

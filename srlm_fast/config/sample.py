@@ -1,0 +1,58 @@
+"""What is sampled: new prompts, and candidates to answer them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from srlm_fast.config.rules import require, require_sampling
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """Sampling of the candidates."""
+
+    num_candidates: int = 4
+    temperature: float = 0.7
+    top_p: float = 0.9
+    top_k: int = 0
+    max_new_tokens: int = 1024
+    keep_truncated: bool = False  # keep candidates that hit max_new_tokens
+
+    def __post_init__(self) -> None:
+        require(self.num_candidates >= 2, "num_candidates must be at least 2: a pair needs two")
+        require(self.top_k >= 0, "top_k must not be negative (0: off)")
+        require(self.max_new_tokens >= 1, "max_new_tokens must be at least 1")
+        require_sampling(self.temperature, self.top_p)
+
+
+@dataclass(frozen=True)
+class PromptsConfig:
+    """New prompts of each round."""
+
+    source: Literal["self_instruct", "dataset"] = "self_instruct"
+    num_prompts: int = 500
+    template: str = "tasks"  # a name in prompts/templates, or a file
+    num_seed_demos: int = 6
+    num_generated_demos: int = 2
+    temperature: float = 0.6
+    top_p: float = 0.9
+    max_new_tokens: int = 512
+    max_calls: int = 0  # generation calls a round at most; 0: twenty times num_prompts
+    rouge_l: float = 0.7
+    min_words: int = 4
+    max_words: int = 150
+    keyword_filter: bool = True
+
+    def __post_init__(self) -> None:
+        require(self.num_prompts >= 1, "num_prompts must be at least 1")
+        require(self.max_new_tokens >= 1, "max_new_tokens must be at least 1")
+        require(self.max_calls >= 0, "max_calls must not be negative (0: twenty times num_prompts)")
+        require(self.num_seed_demos >= 0, "num_seed_demos must not be negative")
+        require(self.num_generated_demos >= 0, "num_generated_demos must not be negative")
+        require(
+            self.num_seed_demos + self.num_generated_demos >= 1, "num_seed_demos: show one at least"
+        )
+        require(0 <= self.rouge_l <= 1, "rouge_l must lie in 0..1")
+        require(0 <= self.min_words <= self.max_words, "min_words must lie in 0..max_words")
+        require_sampling(self.temperature, self.top_p)

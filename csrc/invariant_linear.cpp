@@ -6,11 +6,7 @@
 // With AVX-512 only: with narrower registers libraries are as fast, and this would be far slower.
 #ifdef __AVX512F__
 
-#include <algorithm>
-#include <memory>
-
-#include "logits.h"
-#include "tile.h"
+#include "gemm.h"
 
 namespace srlm {
 namespace {
@@ -49,9 +45,8 @@ struct Block {
   }
 };
 
-// Sums run over as many words from left to right, and are then added up: half as many as in tile.h,
-// since a row of few words is summed by one lane alone, where libraries have sixteen.
-constexpr int64_t kSum = 128;
+// From as many rows of x on blocks that fit caches are faster, and their sums the same.
+constexpr int64_t kManyRows = 96;
 
 // Two blocks of rows of w, and their products with up to 32 rows of x.
 constexpr int64_t kBlocks = 2;
@@ -178,9 +173,14 @@ void multiply(const Tensor& out, const Tensor& x, const Tensor& weight, const fl
               int64_t rows) {
   constexpr int64_t kWidth = kBlocks * kLanes;
   const int64_t columns = weight.size(0), depth = weight.size(1);
-  const Strips<T> strips(flat_rows<const T>(x), rows, depth);
+  const auto from = flat_rows<const T>(x);
   const auto to = flat_rows<Out>(out);
   const auto w = rows_of<const T>(weight);
+  if (rows >= kManyRows) {
+    const Lines<T> a{from.data, from.stride, 1}, b{w.data, w.stride, 1};
+    return gemm<T>(to, Product<T>{a, b, rows, columns, depth}, false, bias);
+  }
+  const Strips<T> strips(from, rows, depth);
   // A tile is read from sixteen streams of memory, more than the hardware follows by itself: the
   // next group's words are fetched early, or, where rows are long, those some tiles further on.
   const bool long_rows = depth * sizeof(T) > 4096;

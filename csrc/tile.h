@@ -16,8 +16,8 @@ using Tile = Words[kLanes];
 using Pairs = uint64_t __attribute__((vector_size(4 * kLanes)));
 
 // Sums run over as many words from left to right, and are then added up, which rounds less than one
-// long sum.
-constexpr int64_t kPart = 256;
+// long sum. Every product keeps to this order, so that equal operands have equal results in all.
+constexpr int64_t kSum = 128;
 
 inline Words splat(uint32_t x) { return Words{} + x; }
 

@@ -12,7 +12,7 @@ FLOAT, BFLOAT = torch.float32, torch.bfloat16
 # Single elements; less than a vector; tails of every kind; K of whole vectors in both dtypes.
 SIZES = [(1, 1), (3, 15), (16, 32), (33, 31), (50, 259), (97, 64), (5, 1000)]
 # Around the numbers of rows at which another loop takes over.
-ROWS = [1, 2, 3, 4, 5, 8, 9, 16, 17, 24, 25, 32, 33, 41, 64, 100]
+ROWS = [1, 2, 3, 4, 5, 8, 9, 16, 17, 24, 25, 32, 33, 41, 64, 95, 96, 200, 555]
 
 
 @pytest.fixture(params=["torch", "cpp"])
@@ -51,7 +51,7 @@ def test_exact_where_sums_are(
 
 @pytest.mark.parametrize("dtype", [FLOAT, BFLOAT], ids=str)
 @pytest.mark.parametrize("depth", [64, 259, 5021])
-@pytest.mark.parametrize("rows", [1, 7, 16, 40])
+@pytest.mark.parametrize("rows", [1, 7, 16, 40, 130])
 def test_sums_are_as_good_as_fp32_allows(
     impl: str, rows: int, depth: int, dtype: torch.dtype
 ) -> None:
@@ -79,7 +79,7 @@ def test_the_output_is_rounded_once(impl: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", [FLOAT, BFLOAT], ids=str)
-@pytest.mark.parametrize("rows", [1, 12, 40])
+@pytest.mark.parametrize("rows", [1, 12, 40, 130])
 def test_operands_may_lie_apart(impl: str, rows: int, dtype: torch.dtype) -> None:
     x, weight = whole_numbers(rows, 37, dtype=dtype), whole_numbers(19, 37, dtype=dtype)
     expected = invariant_linear(x, weight, impl=impl)
@@ -110,7 +110,7 @@ def test_empty_operands(impl: str) -> None:
     assert torch.equal(nothing, bias.expand(4, 19))
 
 
-@pytest.mark.parametrize("rows", [3, 12, 40])
+@pytest.mark.parametrize("rows", [3, 12, 40, 130])
 @pytest.mark.parametrize("dtype", [FLOAT, BFLOAT], ids=str)
 def test_what_is_not_finite_stays_in_its_row(impl: str, rows: int, dtype: torch.dtype) -> None:
     x, weight = normal(rows, 37, dtype=dtype), normal(19, 37, dtype=dtype)

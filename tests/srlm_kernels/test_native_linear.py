@@ -8,13 +8,14 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
 from srlm_kernels import native
+from srlm_kernels.native_gemm import gemm_cpp
 from srlm_kernels.native_linear import invariant_linear_cpp
 
 pytestmark = pytest.mark.skipif(
     not native.has("invariant_linear"), reason=f"no invariant_linear in C++: {native.why()}"
 )
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-MOST = 70  # rows: every number of them up to two strips of 32 and more
+MOST = 120  # rows: every number of them from the loops for few to the blocks for many
 
 
 def operands(columns: int, depth: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -110,3 +111,12 @@ def test_no_memory_is_touched_that_is_not_there(
     arguments[position] = replacement
     with pytest.raises(RuntimeError, match=message):
         torch.ops.srlm_kernels_c.invariant_linear(*arguments)
+
+
+@pytest.mark.parametrize("rows", [1, 20, MOST])
+@pytest.mark.parametrize("depth", [1, 128, 259, 1024])
+def test_sums_are_those_of_every_other_product(rows: int, depth: int) -> None:
+    """So that a row's logits are the same bits in sampling and in scoring."""
+    x, weight, _ = operands(33, depth, torch.float32)
+    other = gemm_cpp(torch.empty(rows, 33), x[:rows], weight.T)
+    assert torch.equal(linear(x[:rows], weight), other)

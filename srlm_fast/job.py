@@ -23,6 +23,7 @@ from srlm_fast.errors import UserError
 from srlm_fast.evaluate.report import render_report
 from srlm_fast.evaluate.table import summary_table
 from srlm_fast.judge.judge_prompt import load_judge_prompt
+from srlm_fast.judge.scorer import load_scorer, scorer_file
 from srlm_fast.model.load import (
     check_folder,
     load_tokenizer,
@@ -65,16 +66,21 @@ def prepare(config: Config, ranks: Ranks = ALONE) -> Job:
     if config.preference.loss_type not in LOSSES:
         known = ", ".join(LOSSES)
         raise UserError(f"unknown preference.loss_type; known are {known}")
-    if config.method == "spa" and config.preference.loss_type != "sigmoid":
-        raise UserError("method spa refines the DPO loss; set preference.loss_type to sigmoid")
-    if config.method == "spa" and config.preference.reference_cache == "logps":
-        raise UserError("method spa needs logits of the reference; use reference_cache: states")
+    if config.refines_labels and config.preference.loss_type != "sigmoid":
+        raise UserError(
+            "SPA refines the labels of the DPO loss; set preference.loss_type to sigmoid, or"
+            " spa.self_refinement to false"
+        )
+    if config.refines_labels and config.preference.reference_cache == "logps":
+        raise UserError("SPA needs logits of the reference; use reference_cache: states")
     if config.method == "spa" and config.judge.kind in ("prompted", "expected"):
         load_judge_prompt(config.judge.prompt)
     if config.method == "srlm":
         load_judge_prompt(config.judge.prompt)
         if config.prompts.source == "self_instruct":
             load_task_list(config.prompts.template)
+    if config.judge.kind == "scorer":
+        load_scorer(config.judge.scorer)
     check_trackers(config.report_to)
     ranks.check_device(config.device)
     resolve_device(config.device)
@@ -87,6 +93,7 @@ def prepare(config: Config, ranks: Ranks = ALONE) -> Job:
         _check_room(config, check_folder(str(folder)))
         check_training(config, folder)
         check_memory(config, folder, ranks)
+        _check_reference(config, folder)
         task = task_from_files(config)
     if config.sft.eval_steps or (config.preference.eval_steps and not task.test_pairs):
         raise UserError(
@@ -104,10 +111,34 @@ def inputs(job: Job) -> dict[str, str]:
     Of weights only the size counts: hashing many gigabytes would keep every start waiting.
     """
     found = {str(path): file_digest(path) for path in job.config.input_files()}
-    if job.folder:
-        found[str(job.folder / "config.json")] = file_digest(job.folder / "config.json")
-        found |= {str(p): f"{p.stat().st_size} bytes" for p in job.folder.glob("*.safetensors")}
+    models = [job.folder] if job.folder else []
+    if reference := job.config.judge.reference_model:
+        models.append(resolve_folder(reference))
+    for folder in models:
+        found[str(folder / "config.json")] = file_digest(folder / "config.json")
+        found |= {str(p): f"{p.stat().st_size} bytes" for p in folder.glob("*.safetensors")}
+    if source := scorer_file(job.config.judge.scorer):
+        found[str(source)] = file_digest(source)
     return found
+
+
+def _check_reference(config: Config, folder: Path) -> None:
+    """A judge's reference that is a model of its own must read what the run's model writes."""
+    name = config.judge.reference_model
+    if not name:
+        return
+    reference = resolve_folder(name)
+    ours, theirs = (load_tokenizer(str(f)).get_vocab() for f in (folder, reference))
+    if not ours.items() <= theirs.items():
+        raise UserError(
+            f"judge.reference {name} has other token ids than the model, so it cannot score what"
+            " the model samples; give the model that it was trained from"
+        )
+    if check_folder(str(reference)) < check_folder(str(folder)):
+        raise UserError(
+            f"judge.reference {name} has a shorter context than the model; give the model that it"
+            " was trained from"
+        )
 
 
 def _check_room(config: Config, context: int) -> None:

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from srlm_fast.config.data import DataConfig, SandboxConfig
 from srlm_fast.config.judge import EFTConfig, EvaluateConfig, JudgeConfig, PairsConfig
+from srlm_fast.config.methods import check_methods
 from srlm_fast.config.rules import require
 from srlm_fast.config.sample import PromptsConfig, SamplingConfig
 from srlm_fast.config.spa import SPAConfig
@@ -62,12 +63,17 @@ class Config:
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
 
     def __post_init__(self) -> None:
-        require(self.rounds >= 1, "rounds must be at least 1")
+        check_methods(self)
         require(self.num_threads >= 0, "num_threads must not be negative (0: torch's default)")
         require(
             not self.lora.r or "shard" not in (self.sft.parallel, self.preference.parallel),
             "lora trains with parallel: replicate only, in sft and preference",
         )
+
+    @property
+    def refines_labels(self) -> bool:
+        """Whether the rounds train on labels that SPA refines (its equation 10)."""
+        return self.spa.self_refinement if self.method == "spa" else self.spa.refine_srlm
 
     def input_files(self) -> list[Path]:
         """The files of the user that the run reads; names of recipes and HF datasets are none."""
@@ -82,7 +88,11 @@ class Config:
             self,
             model=self.model if self.model == "sandbox" else _absolute(self.model),
             data=replace(self.data, **data),
-            judge=replace(self.judge, prompt=paths["judge"]),
+            judge=replace(
+                self.judge,
+                prompt=paths["judge"],
+                reference=_absolute(self.judge.reference_model) or self.judge.reference,
+            ),
             prompts=replace(self.prompts, template=paths["template"]),
             sandbox=replace(self.sandbox, cache_dir=_absolute(self.sandbox.cache_dir)),
         )

@@ -8,12 +8,18 @@ from typing import Literal
 
 from srlm_fast.config.rules import require, require_sampling
 
+REFERENCES = ("sft", "base", "previous", "none")
+
 
 @dataclass(frozen=True)
 class JudgeConfig:
     """Who scores the candidates, and how. `random` and `longest` are controls."""
 
-    kind: Literal["prompted", "expected", "implicit", "random", "longest"] = "prompted"
+    kind: Literal["prompted", "expected", "implicit", "scorer", "random", "longest"] = "prompted"
+    # Of implicit: sft (pi_init), base (what the run starts from), previous (what the judge was
+    # trained from), none (log pi alone), or a model's folder or hub id.
+    reference: str = "sft"
+    scorer: str = ""  # of kind scorer: module:function, see judge/scorer.py
     prompt: str = "additive"  # a name in judge/prompts, or a file with both placeholders
     num_samples: int = 3
     temperature: float = 0.7
@@ -24,6 +30,21 @@ class JudgeConfig:
         require(self.num_samples >= 1, "num_samples must be at least 1")
         require(self.max_new_tokens >= 1, "max_new_tokens must be at least 1")
         require_sampling(self.temperature, self.top_p)
+        require(
+            self.kind == "implicit" or self.reference == "sft",
+            "reference is what the implicit judge compares with: leave it at sft, or set kind to"
+            " implicit",
+        )
+        module, _, function = self.scorer.partition(":")
+        if self.kind == "scorer":
+            require(bool(module and function), "scorer must name a function, as module:function")
+        else:
+            require(not self.scorer, "scorer needs kind: scorer")
+
+    @property
+    def reference_model(self) -> str:
+        """The folder or hub id of a reference that is no model of the run; "" where it is one."""
+        return "" if self.reference in REFERENCES else self.reference
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,10 @@ from srlm_fast.config.rules import require
 class SPAConfig:
     """Spread Preference Annotation (arXiv 2406.04412, section 5.1)."""
 
+    self_refinement: bool = True  # false: plain preference training on the self-made pairs
+    decoupled: bool = True  # noise is sought in extrapolated logits (eq. 12); false: lambda is 0
+    refine_srlm: bool = False  # method srlm refines its labels too
+    no_seed: bool = False  # the model is pi_0 as it comes (figure 4): no gold pairs, no seed DPO
     alpha: float = 0.1
     k_percent: float = 10.0
     lambdas: tuple[float, ...] = (0.5, 0.25, 0.125)
@@ -27,9 +31,15 @@ class SPAConfig:
         require(0 <= self.alpha <= 1, "alpha must lie in 0..1")
         require(0 <= self.k_percent <= 100, "k_percent must lie in 0..100")
         require(min(self.lambdas, default=-1.0) >= 0, "lambdas needs one value, none negative")
-        require(0 <= self.warmup_fraction <= 1, "warmup_fraction must lie in 0..1")
+        require(
+            0 <= self.warmup_fraction < 1,
+            "warmup_fraction must be at least 0 and below 1, or no step would refine a label; turn"
+            " that off with self_refinement false",
+        )
         require(self.tau_window >= 0, "tau_window must not be negative (0: by the round's pairs)")
         require(self.tau_interval >= 0, "tau_interval must not be negative (0: once)")
+        require(not self.tau_window or self.tau == "window", "tau_window needs tau: window")
+        require(not self.tau_interval or self.tau == "dataset", "tau_interval needs tau: dataset")
         require(self.seed_epochs >= 1, "seed_epochs must be at least 1")
         require(self.seed_learning_rate >= 0, "seed_learning_rate must not be negative")
         require(self.num_seed_pairs >= 1, "num_seed_pairs must be at least 1")

@@ -17,7 +17,7 @@ from srlm_fast.evaluate.reward_model import PERFECT_SCORE, reward_model_metrics
 Groups = Sequence[Sequence[Sample]]
 AsSamples = Callable[[Prompt, Sequence[str]], list[Sample]]
 
-UNBOUNDED = ("implicit", "longest")  # judges that do not score 0 to 5
+UNBOUNDED = ("implicit", "scorer", "longest")  # judges that do not score 0 to 5
 
 
 class Scorer(Protocol):

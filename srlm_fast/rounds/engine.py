@@ -20,8 +20,9 @@ from srlm_fast.errors import UserError
 from srlm_fast.judge.base import Judge
 from srlm_fast.judge.controls import LongestJudge, RandomJudge
 from srlm_fast.judge.expected import ExpectedJudge
-from srlm_fast.judge.implicit import AdapterScorer, ImplicitJudge
+from srlm_fast.judge.implicit import AdapterScorer, ImplicitJudge, Scorer
 from srlm_fast.judge.prompted import PromptedJudge
+from srlm_fast.judge.scorer import ScorerJudge, load_scorer
 from srlm_fast.model.adapters import Adapters, FrozenAdapter
 from srlm_fast.model.liger import use_liger_kernels
 from srlm_fast.model.load import (
@@ -30,6 +31,7 @@ from srlm_fast.model.load import (
     load_model,
     load_tokenizer,
     resolve_device,
+    resolve_folder,
 )
 from srlm_fast.model.weights import FullWeights
 from srlm_fast.rounds.manifest import Run
@@ -181,25 +183,47 @@ class Engine:
         ]
         return samples, Counter({"prompt too long": len(ids) - len(fits)})
 
-    def judge(self, stage: str, initial: Path) -> Judge:
-        """The judge of the configuration, on the resident model; `initial` is SPA's pi_init."""
+    def judge(self, stage: str, initial: Path, before: Path | None = None) -> Judge:
+        """The judge of the configuration, on the resident model.
+
+        initial: SPA's pi_init. before: the model that the resident one was trained from; None:
+        pi_init too.
+        """
         cfg, seed = self.config.judge, self.run.seed(stage)
         if cfg.kind == "random":
             return RandomJudge(seed)
         if cfg.kind == "longest":
             return LongestJudge()
         if cfg.kind == "implicit":
-            return self.implicit(initial)
+            return ImplicitJudge(self.sampler, self._reference(initial, before or initial))
+        if cfg.kind == "scorer":
+            return ScorerJudge(load_scorer(cfg.scorer), self.run.ranks)
         if cfg.kind == "expected":
             return ExpectedJudge(self.sampler, self.template, cfg, context=self.context)
         return PromptedJudge(self.sampler, self.template, cfg, seed=seed, context=self.context)
 
     def implicit(self, initial: Path) -> ImplicitJudge:
         """SPA's judge: the log-ratio of the resident model to pi_init (eq. 7)."""
-        reference = self.weights.frozen(initial)
+        return ImplicitJudge(self.sampler, self._frozen(initial))
+
+    def _reference(self, initial: Path, before: Path) -> Scorer | None:
+        """What the implicit judge divides by, as `judge.reference` says (SPA's table 7)."""
+        name = self.config.judge.reference
+        if name == "none":
+            return None
+        models = {"sft": initial, "base": self.base, "previous": before}
+        if name in models:
+            return self._frozen(models[name])
+        device = resolve_device(self.config.device)
+        path = str(resolve_folder(name))
+        return self._sampler(load_model(path, device=device, dtype=self.model.dtype))
+
+    def _frozen(self, folder: Path) -> Scorer:
+        """A model of this run, which scores beside the resident one."""
+        reference = self.weights.frozen(folder)
         if isinstance(reference, FrozenAdapter):
-            return ImplicitJudge(self.sampler, AdapterScorer(self.sampler, reference))
-        return ImplicitJudge(self.sampler, self._sampler(reference))
+            return AdapterScorer(self.sampler, reference)
+        return self._sampler(reference)
 
     def gold_pairs(self, rows: Sequence[Preference]) -> list[Pair]:
         """Labelled text as token ids (SPA's seed D)."""

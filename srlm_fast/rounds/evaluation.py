@@ -25,11 +25,13 @@ def evaluate(
     round: int = 0,
     previous: str = "",
     initial: Path | None = None,
+    before: Path | None = None,
     pairs: Sequence[Pair] = (),
 ) -> None:
     """Evaluate the resident model as `name`; samples go to evaluation/<name>.jsonl.
 
     previous: the model to win against. initial: pi_init, for the implicit reward (SPA).
+    before: the model it was trained from, for that reward too; see `Engine.judge`.
     pairs: what the model was trained on.
     """
     run = engine.run
@@ -42,11 +44,13 @@ def evaluate(
         )
 
     def make() -> tuple[list[Sample], dict[str, Any]]:
-        judge = engine.judge("evaluate", initial or engine.base)
+        judge = engine.judge("evaluate", initial or engine.base, before)
         implicit: Judge | None = judge if judge.name == "implicit" else None
         if implicit is None and initial and task.test_pairs:
             implicit = engine.implicit(initial)
-        before = read_jsonl(run.folder / f"evaluation/{previous}.jsonl", Sample) if previous else []
+        answers = (
+            read_jsonl(run.folder / f"evaluation/{previous}.jsonl", Sample) if previous else []
+        )
         metrics, samples = evaluate_model(
             name,
             round=round,
@@ -56,7 +60,7 @@ def evaluate(
             config=engine.config,
             judge=judge,
             implicit=implicit,
-            previous=(previous, before) if previous else None,
+            previous=(previous, answers) if previous else None,
             pairs=pairs,
         )
         flags = run.info(f"train/{name}").get("flags")

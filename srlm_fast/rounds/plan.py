@@ -56,9 +56,10 @@ def _stages(config: Config, task: Task) -> list[tuple[str, str]]:
         ]
     else:
         gold = len(task.gold) or config.spa.num_seed_pairs
+        seed = ("seed DPO", f"{gold} gold pairs x {config.spa.seed_epochs} epochs")
         stages += [("SFT", f"{len(task.ift)} IFT rows")] if task.ift else []
-        stages += [("seed DPO", f"{gold} gold pairs x {config.spa.seed_epochs} epochs")]
-    loss = "spa" if config.method == "spa" else config.preference.loss_type
+        stages += [] if config.spa.no_seed else [seed]
+    loss = "spa" if config.refines_labels else config.preference.loss_type
     votes = config.judge.num_samples if config.judge.kind == "prompted" else 1
     judged = f"{count * n} x {votes} votes"
     if config.judge.kind == "prompted":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from srlm_fast.config import SPAConfig
+from srlm_fast.config import Config
 from srlm_fast.data.task import Task
 from srlm_fast.rounds.engine import Engine
 from srlm_fast.rounds.evaluation import evaluate
@@ -19,8 +19,9 @@ from srlm_fast.train.noise import Refinement
 def spread_preference_annotation(engine: Engine, task: Task) -> None:
     """pi_init -> pi_0 = DPO(gold seed) -> pi_1 -> ... -> pi_rounds, each pi judging for the next.
 
-    The judging reference is always pi_init (eq. 7); the training reference, which is also h_ref of
-    the extrapolated logits (eq. 12), is the model that the round starts from.
+    The judging reference is pi_init in every round (eq. 7), or what `judge.reference` says; the
+    training reference, which is also h_ref of the extrapolated logits (eq. 12), is the model that
+    the round starts from. With `spa.no_seed` pi_0 is pi_init itself (figure 4).
     """
     config, initial = engine.config, engine.base
     if task.ift:
@@ -28,34 +29,47 @@ def spread_preference_annotation(engine: Engine, task: Task) -> None:
         initial = engine.folder("SFT")
     evaluate(engine, task, "SFT", initial=initial)
 
-    gold = seed_pairs(engine, task)
-    engine.dpo(
-        "DPO",
-        gold,
-        fixed=initial,
-        eval_pairs=task.test_pairs,
-        num_train_epochs=config.spa.seed_epochs,
-        learning_rate=config.spa.seed_learning_rate or config.preference.learning_rate,
-    )
-    evaluate(engine, task, "DPO", previous="SFT", initial=initial, pairs=gold)
+    previous, resident, before = "SFT", initial, initial  # before: what `resident` grew from
+    if not config.spa.no_seed:
+        gold = seed_pairs(engine, task)
+        engine.dpo(
+            "DPO",
+            gold,
+            fixed=initial,
+            eval_pairs=task.test_pairs,
+            num_train_epochs=config.spa.seed_epochs,
+            learning_rate=config.spa.seed_learning_rate or config.preference.learning_rate,
+        )
+        evaluate(engine, task, "DPO", previous="SFT", initial=initial, pairs=gold)
+        previous, resident = "DPO", engine.folder("DPO")
 
-    previous = "DPO"
     for i in range(1, config.rounds + 1):
-        name, refine = f"SPA{i}", refinement(config.spa, i)
+        name = f"SPA{i}"
         prompts = round_prompts(engine, task, i)
         samples = candidates(engine, prompts, i)
-        verdicts = judgements(engine, samples, i, initial=initial)
+        verdicts = judgements(engine, samples, i, initial=initial, before=before)
         pairs = best_and_worst(engine, samples, verdicts, i)
+        refine = refinement(config, i)
         engine.dpo(name, pairs, fixed=initial, refine=refine, eval_pairs=task.test_pairs)
-        evaluate(engine, task, name, round=i, previous=previous, initial=initial, pairs=pairs)
+        before, resident = resident, engine.folder(name)
+        evaluate(
+            engine, task, name, round=i, previous=previous, initial=initial, before=before,
+            pairs=pairs,
+        )  # fmt: skip
         previous = name
 
 
-def refinement(spa: SPAConfig, i: int) -> Refinement:
-    """Label refinement of round i (from 1): lambda decays over the rounds, its last value stays."""
+def refinement(config: Config, i: int) -> Refinement | None:
+    """Label refinement of round i (from 1): lambda decays over the rounds, its last value stays.
+
+    None where labels are taken as they are. Without decoupled detection lambda is 0: equation 9.
+    """
+    if not config.refines_labels:
+        return None
+    spa = config.spa
     return Refinement(
         alpha=spa.alpha,
-        lam=spa.lambdas[min(i, len(spa.lambdas)) - 1],
+        lam=spa.lambdas[min(i, len(spa.lambdas)) - 1] if spa.decoupled else 0.0,
         k_percent=spa.k_percent,
         tau=spa.tau,
         window=spa.tau_window,

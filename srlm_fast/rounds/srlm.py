@@ -5,6 +5,7 @@ from __future__ import annotations
 from srlm_fast.data.task import Task
 from srlm_fast.rounds.engine import Engine
 from srlm_fast.rounds.evaluation import evaluate
+from srlm_fast.rounds.spa import refinement
 from srlm_fast.rounds.stages import (
     best_and_worst,
     candidates,
@@ -35,7 +36,11 @@ def self_rewarding(engine: Engine, task: Task) -> None:
         name = f"M{t + 1}"
         prompts = round_prompts(engine, task, t)
         samples = candidates(engine, prompts, t)
-        verdicts = judgements(engine, samples, t, initial=initial)
+        before = engine.folder(f"M{t - 1}") if t > 1 else initial
+        verdicts = judgements(engine, samples, t, initial=initial, before=before)
         pairs = best_and_worst(engine, samples, verdicts, t)
-        engine.dpo(name, pairs, fixed=engine.folder("M1"))
-        evaluate(engine, task, name, round=t, previous=f"M{t}", initial=initial, pairs=pairs)
+        engine.dpo(name, pairs, fixed=engine.folder("M1"), refine=refinement(engine.config, t))
+        evaluate(
+            engine, task, name, round=t, previous=f"M{t}", initial=initial,
+            before=engine.folder(f"M{t}"), pairs=pairs,
+        )  # fmt: skip

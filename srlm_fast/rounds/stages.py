@@ -126,15 +126,22 @@ def candidates(engine: Engine, prompts: Sequence[Prompt], t: int) -> list[Sample
 
 
 def judgements(
-    engine: Engine, samples: Sequence[Sample], t: int, initial: Path | None = None
+    engine: Engine,
+    samples: Sequence[Sample],
+    t: int,
+    initial: Path | None = None,
+    before: Path | None = None,
 ) -> list[Judgement]:
-    """A judgement of every usable candidate by the resident model itself."""
+    """A judgement of every usable candidate by the judge of the configuration.
+
+    initial, before: see `Engine.judge`.
+    """
 
     def make() -> tuple[list[Judgement], dict[str, Any]]:
         row = {id(s): i for i, s in enumerate(samples)}
         usable, dropped = drop_unusable(_by_prompt(samples), engine.config.sampling.keep_truncated)
         groups = [group for group in usable if group]
-        judge = engine.judge(f"judge-{t}", initial or engine.base)
+        judge = engine.judge(f"judge-{t}", initial or engine.base, before)
         verdicts = judge.score([g[0].prompt for g in groups], groups)
         flat = [
             replace(v, sample=row[id(s)])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from srlm_fast.config import Config
 from srlm_fast.data.task import Task
 from srlm_fast.rounds.manifest import Run
 
@@ -13,17 +14,17 @@ ORACLE_NOTE = (
 )
 
 
-def model_names(method: str, rounds: int) -> list[str]:
-    """The models of a run, in the order they are made."""
-    if method == "srlm":
-        return ["SFT", *(f"M{t}" for t in range(1, rounds + 2))]
-    return ["SFT", "DPO", *(f"SPA{t}" for t in range(1, rounds + 1))]
+def model_names(config: Config) -> dict[str, int]:
+    """The models of a run, in the order they are made, and the round that made each (0: none)."""
+    if config.method == "srlm":
+        return {"SFT": 0, "M1": 0} | {f"M{t + 1}": t for t in range(1, config.rounds + 1)}
+    seed = {} if config.spa.no_seed else {"DPO": 0}
+    return {"SFT": 0} | seed | {f"SPA{t}": t for t in range(1, config.rounds + 1)}
 
 
 def summarise(run: Run, task: Task) -> dict[str, Any]:
     """The summary of a finished run; see docs/outputs.md for its fields."""
     config = run.config
-    names = model_names(config.method, config.rounds)
     stages = run.manifest["stages"]
     return {
         "method": config.method,
@@ -36,7 +37,7 @@ def summarise(run: Run, task: Task) -> dict[str, Any]:
             {"name": name, "seconds": s["seconds"], "rows": s.get("rows"), "tokens": _tokens(s)}
             for name, s in stages.items()
         ],
-        "models": [_model(run, name, max(i - 1, 0)) for i, name in enumerate(names)],
+        "models": [_model(run, name, round) for name, round in model_names(config).items()],
         "base_model": run.info("pretrain") or {"folder": config.model},
         "notes": _notes(run, task),
     }

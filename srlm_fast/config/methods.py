@@ -1,0 +1,57 @@
+"""Settings of different groups that make no sense together, whatever the data."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from srlm_fast.config.rules import require
+
+if TYPE_CHECKING:
+    from srlm_fast.config import Config
+
+
+def check_methods(config: Config) -> None:
+    """Raises UserError, with the cure."""
+    is_spa, spa = config.method == "spa", config.spa
+    require(
+        config.rounds >= 1 or (config.rounds == 0 and is_spa and not spa.no_seed),
+        "rounds must be at least 1 (or 0: the seed DPO alone, with method spa)",
+    )
+    require(
+        not spa.no_seed or is_spa, "spa.no_seed needs method spa: srlm has no gold pairs anyway"
+    )
+    require(
+        not (spa.refine_srlm and is_spa),
+        "spa.refine_srlm is for method srlm; spa refines unless spa.self_refinement is false",
+    )
+    require(
+        spa.self_refinement or not spa.refine_srlm,
+        "spa.refine_srlm asks for what spa.self_refinement false turns off; set one of them",
+    )
+    require(
+        not (config.refines_labels and config.preference.label_smoothing),
+        "preference.label_smoothing must be 0 where SPA's refinement smooths the labels it"
+        " suspects; set it to 0, or spa.self_refinement to false",
+    )
+    _check_reference(config)
+
+
+def _check_reference(config: Config) -> None:
+    """The implicit reward of a model against its own equal is 0, and orders nothing."""
+    sandbox, reference = config.model == "sandbox", config.judge.reference
+    require(
+        not (sandbox and config.judge.reference_model),
+        f"judge.reference {reference} is no model of the sandbox: use base, its M0",
+    )
+    if config.judge.kind != "implicit":
+        return
+    own = ("sft", "previous") if sandbox else ("sft", "previous", "base")
+    require(
+        not config.spa.no_seed or reference not in own,
+        f"judge.reference {reference} is, without a seed, the first judge itself: set it to the"
+        f" model that this one was trained from{' (base)' if sandbox else ''}, or to none",
+    )
+    require(
+        config.method == "spa" or config.eft.enabled or reference not in ("sft", "previous"),
+        f"judge.reference {reference} is, without eft, another M1: set it to base or none",
+    )

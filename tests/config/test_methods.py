@@ -1,0 +1,75 @@
+"""Combinations that make no sense are refused where the configuration is made."""
+
+import pytest
+
+from srlm_fast.config import Config
+from srlm_fast.errors import UserError
+from srlm_fast.recipes import load_config
+
+
+@pytest.mark.parametrize(
+    ("recipe", "changes", "complaint"),
+    [
+        ("srlm", {"rounds": "0"}, "rounds must be at least 1"),
+        ("sandbox-spa", {"rounds": "0", **{"spa.no_seed": "true"}}, "rounds must be at least 1"),
+        ("spa", {"rounds": "-1"}, "rounds must be at least 1"),
+        ("srlm", {"spa.no_seed": "true"}, "spa.no_seed needs method spa"),
+        ("spa", {"spa.refine_srlm": "true"}, "spa.refine_srlm is for method srlm"),
+        (
+            "srlm", {"spa.refine_srlm": "true", "spa.self_refinement": "false"},
+            "asks for what spa.self_refinement false turns off",
+        ),
+        ("spa", {"preference.label_smoothing": "0.1"}, "label_smoothing must be 0 where SPA"),
+        ("spa", {"spa.no_seed": "true"}, "judge.reference sft is, without a seed, the first judge"),
+        (
+            "spa", {"spa.no_seed": "true", "judge.reference": "base"},
+            "base is, without a seed, the first judge itself: set it to the model that this one"
+            " was trained from, or to none",
+        ),
+        (
+            "sandbox-spa", {"spa.no_seed": "true", "judge.reference": "previous"},
+            r"previous is, .* trained from \(base\), or to none",
+        ),
+        (
+            "srlm", {"judge.kind": "implicit", "eft.enabled": "false"},
+            "judge.reference sft is, without eft, another M1",
+        ),
+        ("sandbox-spa", {"judge.reference": "some/model"}, "is no model of the sandbox"),
+        (
+            "srlm", {"judge.reference": "none"},
+            "judge.reference is what the implicit judge compares with",
+        ),
+        ("srlm", {"judge.scorer": "a:b"}, "judge.scorer needs kind: scorer"),
+        ("spa", {"judge.kind": "scorer"}, "judge.scorer must name a function"),
+        ("spa", {"judge.kind": "scorer", "judge.scorer": "pairrm"}, "must name a function"),
+        ("spa", {"spa.tau_window": "9", "spa.tau": "dataset"}, "spa.tau_window needs tau: window"),
+        ("spa", {"spa.tau_interval": "9"}, "spa.tau_interval needs tau: dataset"),
+        ("spa", {"spa.warmup_fraction": "1"}, "spa.warmup_fraction must be at least 0 and below 1"),
+    ],
+)  # fmt: skip
+def test_senseless_combinations(recipe: str, changes: dict[str, str], complaint: str) -> None:
+    with pytest.raises(UserError, match=complaint):
+        load_config(recipe, changes)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "changes"),
+    [
+        ("spa", {"rounds": "0"}),
+        ("spa", {"spa.no_seed": "true", "judge.reference": "some/model"}),
+        ("spa", {"spa.no_seed": "true", "judge.kind": "prompted"}),
+        ("sandbox-spa", {"spa.no_seed": "true", "judge.reference": "base"}),
+        ("srlm", {"judge.kind": "implicit"}),
+        ("srlm", {"judge.kind": "implicit", "judge.reference": "base", "eft.enabled": "false"}),
+        ("srlm", {"spa.refine_srlm": "true"}),
+        ("spa", {"preference.label_smoothing": "0.1", "spa.self_refinement": "false"}),
+    ],
+)
+def test_combinations_that_make_sense(recipe: str, changes: dict[str, str]) -> None:
+    load_config(recipe, changes)
+
+
+def test_labels_are_refined_by_spa_and_where_srlm_asks_for_it() -> None:
+    assert not Config().refines_labels and Config(method="spa").refines_labels
+    assert load_config("srlm", {"spa.refine_srlm": "true"}).refines_labels
+    assert not load_config("spa", {"spa.self_refinement": "false"}).refines_labels

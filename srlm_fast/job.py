@@ -100,8 +100,13 @@ def prepare(config: Config, ranks: Ranks = ALONE) -> Job:
             "eval_steps needs held-out data, and only spa on data.preferences has some (the test "
             "pairs, for preference.eval_steps); set it to 0"
         )
-    if config.prompts.source == "dataset" and not task.prompts:
+    if config.rounds and config.prompts.source == "dataset" and not task.prompts:
         raise UserError("prompts.source is dataset, but there are none; give --data.prompts")
+    if config.rounds and config.prompts.source == "self_instruct" and not task.ift:
+        raise UserError(
+            "prompts.source is self_instruct, which shows the model instructions of IFT data, and"
+            f" {config.method} has none here; set --prompts.source dataset"
+        )
     return Job(config, task, folder)
 
 

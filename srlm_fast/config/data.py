@@ -40,6 +40,10 @@ class DataConfig:
     split: tuple[float, ...] = (0.6, 0.25, 0.15)  # of the trees: IFT, EFT, judge test
     num_gold: int = 2000  # SPA's seed pairs
     num_test_pairs: int = 500
+    # Preference rows are dealt in the order of `datasets`' shuffle(seed=shuffle_seed), which is not
+    # the run's seed: as many prompts as are asked for, or as many rows, usable or not (SPA's code).
+    shuffle_seed: int = 42
+    slices: Literal["prompts", "rows"] = "prompts"
     num_test_prompts: int = 256
 
     def __post_init__(self) -> None:
@@ -48,6 +52,7 @@ class DataConfig:
             len(shares) == 3 and min(shares) > 0 and abs(sum(shares) - 1) < 1e-6,
             "split must be three positive shares (IFT, EFT, judge test) that sum to 1",
         )
-        require(self.num_gold >= 0, "num_gold must not be negative")
+        require(self.num_gold >= 1, "num_gold must be at least 1 (none: spa.no_seed true)")
+        require(self.shuffle_seed >= 0, "shuffle_seed must not be negative")
         require(self.num_test_pairs >= 0, "num_test_pairs must not be negative")
         require(self.num_test_prompts >= 0, "num_test_prompts must not be negative")

@@ -32,6 +32,7 @@ class PromptsConfig:
 
     source: Literal["self_instruct", "dataset"] = "self_instruct"
     num_prompts: int = 500
+    num_prompts_by_round: tuple[int, ...] = ()  # instead: of each round, the last one's stays
     template: str = "tasks"  # a name in prompts/templates, or a file
     num_seed_demos: int = 6
     num_generated_demos: int = 2
@@ -46,6 +47,13 @@ class PromptsConfig:
 
     def __post_init__(self) -> None:
         require(self.num_prompts >= 1, "num_prompts must be at least 1")
+        require(
+            min(self.num_prompts_by_round, default=1) >= 1, "num_prompts_by_round must be 1 or more"
+        )
+        require(
+            not self.num_prompts_by_round or self.num_prompts == PromptsConfig.num_prompts,
+            "num_prompts_by_round says how many: set that one, and leave num_prompts out",
+        )
         require(self.max_new_tokens >= 1, "max_new_tokens must be at least 1")
         require(self.max_calls >= 0, "max_calls must not be negative (0: twenty times num_prompts)")
         require(self.num_seed_demos >= 0, "num_seed_demos must not be negative")
@@ -56,3 +64,12 @@ class PromptsConfig:
         require(0 <= self.rouge_l <= 1, "rouge_l must lie in 0..1")
         require(0 <= self.min_words <= self.max_words, "min_words must lie in 0..max_words")
         require_sampling(self.temperature, self.top_p)
+
+    def of_round(self, t: int) -> int:
+        """How many prompts round t (from 1) takes."""
+        sizes = self.num_prompts_by_round or (self.num_prompts,)
+        return sizes[min(t, len(sizes)) - 1]
+
+    def of_rounds(self, rounds: int) -> int:
+        """How many prompts all rounds take."""
+        return sum(self.of_round(t) for t in range(1, rounds + 1))

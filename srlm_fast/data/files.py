@@ -9,8 +9,9 @@ from itertools import pairwise
 from pathlib import Path
 
 from srlm_fast.config import Config
-from srlm_fast.data.readers import read_preferences, read_prompts, read_trees
+from srlm_fast.data.readers import read_prompts, read_trees
 from srlm_fast.data.records import Example, Prompt, RankedGroup
+from srlm_fast.data.slices import PreferenceRows, prompt_key
 from srlm_fast.data.task import Task
 from srlm_fast.errors import UserError
 
@@ -20,8 +21,8 @@ def task_from_files(config: Config) -> Task:
 
     srlm: message trees, split into IFT rows (the rank-0 reply), EFT groups and the judge's test
     groups (two ranked replies at least). The rounds' pool is `data.prompts`.
-    spa: preference rows in the order of a seeded shuffle: gold pairs, test pairs, and of the rest
-    the prompts alone, as the rounds' pool, unless `data.prompts` gives one (arXiv 2406.04412).
+    spa: preference rows in the order of a fixed shuffle: gold pairs, then of each round's slice the
+    prompts alone, unless `data.prompts` gives a pool; test pairs at its end (arXiv 2406.04412).
 
     Parts share no prompt, whatever its spacing and case. Test prompts are those of the test part;
     while they are fewer than `data.num_test_prompts`, prompts that no round needs join them.
@@ -50,7 +51,7 @@ def _srlm_task(config: Config) -> Task:
     dropped["test tree: a single reply"] += len(held_out) - len(judge_test)
     pool: list[Prompt] = []
     if data.prompts:
-        pool = _pool(data.prompts, {_key(g.prompt) for g in groups}, rng, dropped)
+        pool = _pool(data.prompts, {prompt_key(g.prompt) for g in groups}, rng, dropped)
     test_prompts, prompts = _hold_out([g.prompt for g in held_out], pool, config)
     return Task(
         name=Path(data.trees).name,
@@ -65,44 +66,44 @@ def _srlm_task(config: Config) -> Task:
 
 def _spa_task(config: Config) -> Task:
     data, dropped = config.data, Counter[str]()
-    if not data.preferences:
+    if not (data.preferences or (config.spa.no_seed and data.prompts)):
         raise UserError("spa learns from preference pairs; give a file with --data.preferences")
-    rng = _shuffler(config)
-    rows = read_preferences(data.preferences, dropped)
-    rng.shuffle(rows)
-    gold = rows[: data.num_gold]
-    seen = {_key(row.prompt) for row in gold}
-    rest = [row for row in rows[data.num_gold :] if _key(row.prompt) not in seen]
-    test_pairs, unlabelled = rest[: data.num_test_pairs], rest[data.num_test_pairs :]
-    if len(gold) < data.num_gold or len(test_pairs) < data.num_test_pairs:
-        raise UserError(
-            f"{data.preferences} is too small for data.num_gold {data.num_gold} and "
-            f"data.num_test_pairs {data.num_test_pairs}: it has {len(rows)} usable pairs, "
-            f"{len(rest)} of them on prompts that no gold pair has; lower these numbers"
-        )
-    seen |= {_key(row.prompt) for row in test_pairs}
+    rows = PreferenceRows(data, dropped)
+    gold = [] if config.spa.no_seed else rows.deal(data.num_gold, "data.num_gold", repeats=True)
+    sizes: list[int] = []
     if data.prompts:
-        pool = _pool(data.prompts, seen, rng, dropped)
+        test_pairs, _ = rows.test_pairs()
+        pool = _pool(data.prompts, rows.seen, _shuffler(config), dropped)
+        test_prompts, prompts = _hold_out([row.prompt for row in test_pairs], pool, config)
     else:
-        pool = _fresh((row.prompt for row in unlabelled), seen)
-    test_prompts, prompts = _hold_out([row.prompt for row in test_pairs], pool, config)
+        rounds = [rows.deal(size, "prompts.num_prompts") for size in _slice_sizes(config)]
+        del rounds[config.rounds :]
+        sizes = [len(part) for part in rounds]
+        prompts = [row.prompt for part in rounds for row in part]
+        test_pairs, spare = rows.test_pairs()
+        test_prompts = _fresh([*(row.prompt for row in test_pairs), *spare])
+    if not test_prompts:
+        raise UserError("no prompt is left to test on: ask for fewer prompts, or give more data")
     return Task(
-        name=Path(data.preferences).name,
+        name=Path(data.preferences or data.prompts).name,
         prompts=prompts,
-        test_prompts=test_prompts,
+        round_sizes=sizes,
+        test_prompts=test_prompts[: data.num_test_prompts],
         gold=gold,
         test_pairs=test_pairs,
         dropped=+dropped,
     )
 
 
+def _slice_sizes(config: Config) -> list[int]:
+    """Of the slices behind the gold pairs: also those of rounds that are listed and not run, so
+    that a shorter run of the same list is tested on the same rows."""
+    last = max(config.rounds, len(config.prompts.num_prompts_by_round))
+    return [config.prompts.of_round(t) for t in range(1, last + 1)]
+
+
 def _shuffler(config: Config) -> random.Random:
     return random.Random(f"{config.seed}/data")
-
-
-def _key(prompt: Prompt) -> str:
-    """What makes two prompts the same: the user's words, without regard to spacing and case."""
-    return " ".join(" ".join(m.content for m in prompt if m.role == "user").split()).casefold()
 
 
 def _split_by_prompt(
@@ -111,7 +112,7 @@ def _split_by_prompt(
     """Three parts with `shares` of the distinct prompts, in a shuffled order."""
     by_prompt: dict[str, list[RankedGroup]] = {}
     for group in groups:
-        by_prompt.setdefault(_key(group.prompt), []).append(group)
+        by_prompt.setdefault(prompt_key(group.prompt), []).append(group)
     same_prompt = list(by_prompt.values())
     rng.shuffle(same_prompt)
     ends = [round(len(same_prompt) * sum(shares[:i])) for i in range(4)]
@@ -132,7 +133,7 @@ def _fresh(prompts: Iterable[Prompt], seen: Iterable[str] = ()) -> list[Prompt]:
     """The first of equal prompts, without those whose key is in `seen`."""
     first: dict[str, Prompt] = {}
     for prompt in prompts:
-        first.setdefault(_key(prompt), prompt)
+        first.setdefault(prompt_key(prompt), prompt)
     for key in seen:
         first.pop(key, None)
     return list(first.values())
@@ -144,12 +145,11 @@ def _hold_out(
     """Test prompts, filled up from what the rounds leave of the pool, and the pool without them."""
     needed = 0
     if config.prompts.source == "dataset":
-        needed = config.rounds * config.prompts.num_prompts
+        needed = config.prompts.of_rounds(config.rounds)
     if len(pool) < needed:
         raise UserError(
-            f"{config.rounds} rounds of {config.prompts.num_prompts} prompts need {needed}, but "
-            f"{len(pool)} are left beside seed and test data; give more with --data.prompts or "
-            "lower --prompts.num_prompts"
+            f"{config.rounds} rounds of prompts need {needed}, but {len(pool)} are left beside seed"
+            " and test data; give more with --data.prompts or lower --prompts.num_prompts"
         )
     held_out = _fresh(test)[: config.data.num_test_prompts]
     spare = min(config.data.num_test_prompts - len(held_out), len(pool) - needed)

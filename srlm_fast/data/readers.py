@@ -59,8 +59,15 @@ def read_preferences(source: str, dropped: Counter[str] | None = None) -> list[P
     Scores are `chosen_score`, `score_chosen` or `chosen-rating`, and their like of `rejected`. Rows
     with an empty reply, equal replies, or other than one turn after the prompt are left out.
     """
+    return [row for row in read_preference_rows(source, dropped) if row]
+
+
+def read_preference_rows(
+    source: str, dropped: Counter[str] | None = None
+) -> list[Preference | None]:
+    """Every row that `read_preferences` reads, with None in the place of one that it leaves out."""
     left_out: Counter[str] = Counter()
-    pairs = []
+    pairs: list[Preference | None] = []
     for number, row in enumerate(_rows(source), start=1):
         if "chosen" not in row or "rejected" not in row:
             raise _wrong_columns(source, number, row, "prompt, chosen and rejected")
@@ -76,11 +83,13 @@ def read_preferences(source: str, dropped: Counter[str] | None = None) -> list[P
         replies = chosen[len(shared) :], rejected[len(shared) :]
         if reason := _unfit_replies(*replies):
             left_out[f"pair: {reason}"] += 1
+            pairs.append(None)
             continue
         better, worse = (turns[0].content for turns in replies)
         scores = (_score(row, side, where) for side in ("chosen", "rejected"))
         pairs.append(Preference(prompt, better, worse, *scores))
-    return _some(pairs, source, left_out, dropped)
+    _some([row for row in pairs if row], source, left_out, dropped)
+    return pairs
 
 
 def read_prompts(source: str, dropped: Counter[str] | None = None) -> list[Prompt]:

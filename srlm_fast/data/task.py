@@ -16,6 +16,7 @@ from srlm_fast.data.records import Example, Preference, Prompt, RankedGroup
 class Task:
     """The inputs of both methods; a field that a method does not need may be empty.
 
+    round_sizes: how many of `prompts` each round takes, in order, where the data decides it.
     annotate: stands for the human who labels the seed pairs of SPA when `gold` is empty: takes a
         prompt and responses, returns a score for each (higher is better). Never called inside a
         round.
@@ -30,6 +31,7 @@ class Task:
     eft: Sequence[RankedGroup] = ()
     judge_test: Sequence[RankedGroup] = ()
     prompts: Sequence[Prompt] = ()
+    round_sizes: Sequence[int] = ()
     test_prompts: Sequence[Prompt] = ()
     gold: Sequence[Preference] = ()
     test_pairs: Sequence[Preference] = ()

@@ -39,12 +39,6 @@ def plan(config: Config, task: Task, folder: Path | None, ranks: Ranks = ALONE) 
 
 def _stages(config: Config, task: Task) -> list[tuple[str, str]]:
     n, cfg = config.sampling.num_candidates, config.prompts
-    count = cfg.num_prompts
-    if cfg.source == "dataset":
-        count = min(count, len(task.prompts))
-    sampled = (
-        f"{count} prompts x {n}, at most {count * n * config.sampling.max_new_tokens:,} tokens"
-    )
     stages = []
     if config.model == "sandbox":
         stages = [("pretrain M0", f"{config.sandbox.pretrain_steps} steps, cached")]
@@ -61,13 +55,17 @@ def _stages(config: Config, task: Task) -> list[tuple[str, str]]:
         stages += [] if config.spa.no_seed else [seed]
     loss = "spa" if config.refines_labels else config.preference.loss_type
     votes = config.judge.num_samples if config.judge.kind == "prompted" else 1
-    judged = f"{count * n} x {votes} votes"
-    if config.judge.kind == "prompted":
-        judged += f", {count * n * votes * config.judge.max_new_tokens:,} tokens"
     for t in range(1, config.rounds + 1):
+        count = task.round_sizes[t - 1] if task.round_sizes else cfg.of_round(t)
+        if cfg.source == "dataset":
+            count = min(count, len(task.prompts))
+        tokens = count * n * config.sampling.max_new_tokens
+        judged = f"{count * n} x {votes} votes"
+        if config.judge.kind == "prompted":
+            judged += f", {count * n * votes * config.judge.max_new_tokens:,} tokens"
         stages += [
             (f"round {t}: prompts", f"{count} by {cfg.source}"),
-            (f"round {t}: candidates", sampled),
+            (f"round {t}: candidates", f"{count} prompts x {n}, at most {tokens:,} tokens"),
             (f"round {t}: judging", f"{config.judge.kind}, at most {judged}"),
             (f"round {t}: preference", f"at most {count} pairs, {loss}"),
         ]
@@ -101,7 +99,8 @@ def _memory(config: Config, folder: Path | None, ranks: Ranks = ALONE) -> list[s
         lines.append(f"{name}: {_peak(*training_memory(config, folder, name, ranks))}")
         if isinstance(train, PreferenceConfig) and train.reference_cache == "states":
             width = AutoConfig.from_pretrained(folder).get_text_config().hidden_size
-            rows = 2 * config.prompts.num_prompts * config.sampling.max_new_tokens
+            most = max(config.prompts.of_round(t) for t in range(1, max(config.rounds, 1) + 1))
+            rows = 2 * most * config.sampling.max_new_tokens
             size = rows * width * (2 if bf16 else 4)
             lines.append(f"states of the reference: at most {size / 1e9:.2f} GB on disk")
     return lines

@@ -95,7 +95,7 @@ def round_prompts(engine: Engine, task: Task, t: int) -> list[Prompt]:
                 engine.sampler,
                 engine.template,
                 [e.prompt for e in task.ift],
-                config,
+                replace(config, num_prompts=config.of_round(t)),
                 seed=engine.run.seed(f"prompts-{t}"),
                 round=t,
                 avoid=avoid,
@@ -103,8 +103,9 @@ def round_prompts(engine: Engine, task: Task, t: int) -> list[Prompt]:
             )
             counts.pop("accepted", None)
         else:
-            start = len(_seed_prompts(engine, task)) + (t - 1) * config.num_prompts
-            prompts, counts = list(task.prompts[start : start + config.num_prompts]), Counter()
+            sizes = task.round_sizes or [config.of_round(s) for s in range(1, t + 1)]
+            start = len(_seed_prompts(engine, task)) + sum(sizes[: t - 1])
+            prompts, counts = list(task.prompts[start : start + sizes[t - 1]]), Counter()
         return [PromptRow(p) for p in prompts], {"dropped": dict(counts)}
 
     rows = engine.run.records(f"round-{t}/prompts", PromptRow, make)

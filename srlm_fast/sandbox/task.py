@@ -31,7 +31,7 @@ def make_task(config: Config) -> Task:
     ift = pools.draw("ift", config.sandbox.num_ift)
     eft = pools.draw("eft", config.sandbox.num_eft)
     # SPA's seed takes two prompts for each of its pairs, since some samples tie.
-    wanted = 2 * config.spa.num_seed_pairs + config.rounds * config.prompts.num_prompts
+    wanted = 2 * config.spa.num_seed_pairs + config.prompts.of_rounds(config.rounds)
     if wanted > MOST_PROMPTS:
         raise UserError(
             f"{wanted:,} prompts are more than the sandbox gives ({MOST_PROMPTS:,}); lower "

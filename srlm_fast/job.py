@@ -149,7 +149,7 @@ def _check_reference(config: Config, folder: Path) -> None:
 def _check_room(config: Config, context: int) -> None:
     """Responses, and judgements where they are sampled, must leave room for their prompts."""
     wanted = {"sampling.max_new_tokens": config.sampling.max_new_tokens}
-    if config.method == "srlm" and config.judge.kind == "prompted":
+    if config.judge.kind == "prompted":
         wanted["judge.max_new_tokens"] = config.judge.max_new_tokens
     for name, tokens in wanted.items():
         if tokens >= context:

@@ -77,11 +77,16 @@ class EFTConfig:
     enabled: bool = True
     target: Literal["judge", "rank"] = "judge"
     max_tries: int = 1  # judgings per ranked group until its order agrees
+    allow_ties: bool = False  # equal scores may stand where humans order strictly, if not only they
     modal_cap: float = 1.0  # rows of the modal score at most this many times the runner-up; 0: off
 
     def __post_init__(self) -> None:
         require(self.max_tries >= 1, "max_tries must be at least 1")
         require(self.modal_cap >= 0, "modal_cap must not be negative (0: off)")
+        require(
+            not (self.allow_ties and self.target == "rank"),
+            "allow_ties needs target: judge, as scores made from ranks cannot disagree with them",
+        )
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,14 @@ from srlm_fast.data.jsonl import read_rows
 from srlm_fast.errors import UserError
 from srlm_fast.evaluate.markup import Markup, table, tag
 from srlm_fast.evaluate.plots import model_plots, throughput_plot, training_plots
-from srlm_fast.evaluate.table import Row, agreement_rows, dropped_rows, result_rows, run_title
+from srlm_fast.evaluate.table import (
+    Row,
+    agreement_rows,
+    dropped_rows,
+    eft_score_rows,
+    result_rows,
+    run_title,
+)
 from srlm_fast.evaluate.transcripts import answers_by_model, round_transcripts
 
 NUM_TRANSCRIPTS = 8  # prompts shown of each round
@@ -38,6 +45,7 @@ def render_report(run_dir: Path) -> str:
         tag("header", tag("h1", title), *[tag("p", note) for note in summary["notes"]]),
         _results(summary["models"]),
         _plots(summary, metrics),
+        *[_evaluation_data(m["eft"]) for m in summary["models"] if m.get("eft")],
         _dropped(summary["models"]),
         _answers(run_dir / "evaluation", [m["name"] for m in summary["models"]]),
         *[_round(folder) for folder in _round_folders(run_dir)],
@@ -87,6 +95,14 @@ def _plots(summary: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]) -> 
         throughput_plot(summary["stages"], models),
     ]
     return _section("Plots", tag("div", *plots, class_="plots") if any(plots) else "")
+
+
+def _evaluation_data(eft: Mapping[str, Any]) -> Markup:
+    head = ["score", "judged", "order agrees", "taught"]
+    rows = [[score, *cells] for score, cells in eft_score_rows(eft)]
+    kept = f"{eft['groups_kept']} of {eft['groups']} ranked groups gave evaluation data."
+    note = tag("p", f"{kept} Judgements, and the rows made of them, by score:", class_="quiet")
+    return _section("Evaluation fine-tuning data", note, table(head, rows))
 
 
 def _dropped(models: Sequence[Mapping[str, Any]]) -> Markup:

@@ -114,6 +114,13 @@ def agreement_rows(models: Sequence[Model]) -> list[Row]:
     return _present([(label, [cell(m) for m in models]) for label, cell in cells.items()])
 
 
+def eft_score_rows(eft: Mapping[str, Any]) -> list[Row]:
+    """How many judgements gave each score, and how many of their rows were kept and then taught."""
+    counts = [eft.get(f"scores_{stage}", {}) for stage in ("judged", "before", "after")]
+    scores = sorted({score for count in counts for score in count}, key=float)
+    return [(s, [str(count[s]) if s in count else "" for count in counts]) for s in scores]
+
+
 def dropped_rows(models: Sequence[Model]) -> list[Row]:
     """What was dropped on the way to each model and in its evaluation, by reason."""
     return [

@@ -20,11 +20,13 @@ Row = tuple[Example, float]
 
 @dataclass
 class _Harvest:
-    """Rows of each kept group, the reasons of the others, and how many each try kept."""
+    """Rows of each kept group, the reasons of the others, how many each try kept, and every score
+    that was given on the way."""
 
     rows: dict[int, list[Row]]
     dropped: Counter[str]
     kept_by_try: list[int]
+    judged: list[float]
 
 
 def build_eft(
@@ -39,9 +41,13 @@ def build_eft(
 
     Target "judge": `judge` writes one judgement per response; a group is kept when its scores are
     strictly in the human order (equal ranks ask for nothing), tried up to `config.max_tries` times.
+    With `config.allow_ties` equal scores contradict no order, but must not be all there is.
     Target "rank": the row says `Score: n` alone, with n from the human rank, and `judge` is unused.
     Either way the most frequent score then keeps at most `config.modal_cap` times as many rows as
     the runner-up. Groups without a strict order teach nothing and are dropped.
+
+    The report's histograms are of scores: `scores_judged` of all judgements that parsed, in every
+    try; `scores_before` of the rows of the groups kept; `scores_after` of the rows returned.
     """
     ranked = [group for group in groups if len(set(group.ranks)) > 1]
     if config.target == "rank":
@@ -49,7 +55,7 @@ def build_eft(
     elif judge is None:
         raise ValueError("target 'judge' needs a judge")
     else:
-        harvest = _from_judge(judge, ranked, config.max_tries, prompt, seed)
+        harvest = _from_judge(judge, ranked, config, prompt, seed)
     harvest.dropped["no strict order"] += len(groups) - len(ranked)
     rows = [row for index in sorted(harvest.rows) for row in harvest.rows[index]]
     balanced = _cap_modal_score(rows, config.modal_cap, random.Random(f"{seed}/modal score"))
@@ -61,8 +67,9 @@ def build_eft(
         "groups_kept_by_try": harvest.kept_by_try,
         "rows": len(balanced),
         "rows_dropped": {"modal score": len(rows) - len(balanced)},
-        "scores_before": _histogram(rows),
-        "scores_after": _histogram(balanced),
+        "scores_judged": _histogram(harvest.judged),
+        "scores_before": _histogram([score for _, score in rows]),
+        "scores_after": _histogram([score for _, score in balanced]),
     }
     return [example for example, _ in balanced], report
 
@@ -70,7 +77,7 @@ def build_eft(
 def _from_judge(
     judge: PromptedJudge,
     groups: Sequence[RankedGroup],
-    max_tries: int,
+    config: EFTConfig,
     prompt: JudgePrompt,
     seed: int,
 ) -> _Harvest:
@@ -78,8 +85,8 @@ def _from_judge(
     requests = [[prompt.fill(group.prompt, r) for r in group.responses] for group in groups]
     rows: dict[int, list[Row]] = {}
     reasons: dict[int, str] = {}
-    kept_by_try = []
-    for attempt in range(max_tries):
+    kept_by_try, scores = [], []
+    for attempt in range(config.max_tries):
         waiting = [index for index in range(len(groups)) if index not in rows]
         if not waiting:
             break
@@ -92,7 +99,8 @@ def _from_judge(
         )
         for index in waiting:
             verdicts = [next(judged) for _ in requests[index]]
-            reason = _disagreement(verdicts, groups[index].ranks)
+            scores += [verdict.score for verdict in verdicts if verdict.score is not None]
+            reason = _disagreement(verdicts, groups[index].ranks, config.allow_ties)
             if reason is None:
                 rows[index] = [
                     (Example(request, through_score_line(verdict.votes[0].text)), verdict.score)
@@ -103,10 +111,12 @@ def _from_judge(
                 reasons[index] = reason
         kept_by_try.append(sum(index in rows for index in waiting))
     dropped = Counter(reason for index, reason in reasons.items() if index not in rows)
-    return _Harvest(rows, dropped, kept_by_try)
+    return _Harvest(rows, dropped, kept_by_try, scores)
 
 
-def _disagreement(verdicts: Sequence[Judgement], ranks: Sequence[float]) -> str | None:
+def _disagreement(
+    verdicts: Sequence[Judgement], ranks: Sequence[float], allow_ties: bool
+) -> str | None:
     """Why the scores do not give the human order (rank 0 is best), or None when they do."""
     for verdict in verdicts:
         if verdict.score is None:
@@ -115,12 +125,13 @@ def _disagreement(verdicts: Sequence[Judgement], ranks: Sequence[float]) -> str 
     scored = [
         (rank, v.score) for rank, v in zip(ranks, verdicts, strict=True) if v.score is not None
     ]
-    agree = all(
-        better_score > worse_score
+    leads = [
+        better_score - worse_score
         for better, better_score in scored
         for worse, worse_score in scored
         if better < worse
-    )
+    ]
+    agree = min(leads) >= 0 < max(leads) if allow_ties else min(leads) > 0
     return None if agree else "order disagrees"
 
 
@@ -136,7 +147,7 @@ def _from_ranks(groups: Sequence[RankedGroup], prompt: JudgePrompt) -> _Harvest:
             rows[index].append(
                 (Example(prompt.fill(group.prompt, response), f"Score: {score}"), score)
             )
-    return _Harvest(rows, Counter(), [])
+    return _Harvest(rows, Counter(), [], [])
 
 
 def _cap_modal_score(rows: Sequence[Row], cap: float, rng: random.Random) -> list[Row]:
@@ -151,6 +162,6 @@ def _cap_modal_score(rows: Sequence[Row], cap: float, rng: random.Random) -> lis
     return [row for index, row in enumerate(rows) if index not in dropped]
 
 
-def _histogram(rows: Sequence[Row]) -> dict[str, int]:
-    counts = Counter(score for _, score in rows)
+def _histogram(scores: Sequence[float]) -> dict[str, int]:
+    counts = Counter(scores)
     return {f"{score:g}": counts[score] for score in sorted(counts)}

@@ -63,6 +63,8 @@ def model_row(name, number, score):
         "pairs_kept": 188 if number > 1 else None,
         "dropped": {"tie": 9, "duplicate": 311} if number > 1 else None,
         "eft": {"groups": 300, "groups_kept": 51, "rows": 140,
+                "scores_judged": {"2": 20, "3.5": 1, "4": 300},
+                "scores_before": {"2": 18, "4": 160}, "scores_after": {"2": 18, "4": 122},
                 "groups_dropped": {"order disagrees": 69}} if number == 1 else None,
         "training": {"chosen_logp_change": 0.3, "rejected_logp_change": -0.7, "dropped": {}},
     }  # fmt: skip

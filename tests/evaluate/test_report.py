@@ -1,4 +1,5 @@
 import json
+import re
 import shutil
 from html.parser import HTMLParser
 
@@ -71,6 +72,14 @@ def test_report_shows_plots_table_transcripts_times_and_settings(run_dir):
         "it judged nothing in a round",
     ):  # fmt: skip
         assert part in html, part
+
+
+def test_report_shows_how_the_evaluation_data_was_made(run_dir):
+    html = render_report(run_dir)
+    assert "51 of 300 ranked groups gave evaluation data" in html
+    cells = html.partition("Evaluation fine-tuning data")[2].partition("</table>")[0]
+    rows = [Page(row).text for row in re.findall("<tr>.*?</tr>", cells)]
+    assert rows == ["scorejudgedorder agreestaught", "2201818", "3.51", "4300160122"]
 
 
 def test_every_text_of_a_run_is_escaped(run_dir):

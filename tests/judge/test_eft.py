@@ -5,6 +5,7 @@ import pytest
 
 from srlm_fast.config import EFTConfig, JudgeConfig
 from srlm_fast.data.records import RankedGroup, user
+from srlm_fast.errors import UserError
 from srlm_fast.judge.eft import build_eft
 from srlm_fast.judge.judge_prompt import load_judge_prompt
 from srlm_fast.judge.prompted import PromptedJudge
@@ -77,6 +78,27 @@ def test_scores_must_be_strictly_in_the_human_order(build, group, scores, kept):
     assert report["groups_dropped"] == ({} if kept else {"order disagrees": 1})
 
 
+@pytest.mark.parametrize(
+    ("scores", "kept"),
+    [
+        ({"great": 4, "fine": 4, "bad": 2}, True),
+        ({"great": 4, "fine": 2, "bad": 2}, True),
+        ({"great": 3, "fine": 3, "bad": 3}, False),
+        ({"great": 3, "fine": 4, "bad": 3}, False),
+    ],
+)
+def test_equal_scores_may_be_allowed_but_not_alone(build, scores, kept):
+    config = EFTConfig(allow_ties=True, modal_cap=0)
+    rows, report, _ = build([RANKED], by_response(scores), config)
+    assert len(rows) == (3 if kept else 0)
+    assert report["groups_dropped"] == ({} if kept else {"order disagrees": 1})
+
+
+def test_ties_of_ranks_are_no_ties_of_scores():
+    with pytest.raises(UserError, match="allow_ties needs target: judge"):
+        EFTConfig(target="rank", allow_ties=True)
+
+
 def test_flat_groups_teach_nothing(build):
     rows, report, calls = build([FLAT], by_response({"great": 5, "fine": 3}))
     assert rows == [] and report["groups_dropped"] == {"no strict order": 1}
@@ -92,6 +114,7 @@ def test_unreadable_judgements_are_counted_by_reason(build):
         context=900,
     )
     assert rows == []
+    assert report["scores_judged"] == report["scores_before"] == {}
     assert report["groups_dropped"] == {
         "out of range": 1,
         "no score": 1,
@@ -115,6 +138,8 @@ def test_only_open_groups_are_tried_again_with_new_seeds(build):
     rows, report, calls = build([TIED, RANKED], answer, config)
     assert [r.prompt for r in rows[:3]] == [PROMPT.fill(user("t"), r) for r in TIED.responses]
     assert report["groups_kept_by_try"] == [1, 1]
+    assert report["scores_judged"] == {"0": 3, "3": 3, "5": 3}, "of both tries"
+    assert report["scores_before"] == report["scores_after"] == {"0": 2, "3": 2, "5": 2}
     assert [len(asked) for asked, _, _ in calls] == [6, 3]
     assert len(seen) == 2
     assert report["groups_dropped"] == {}

@@ -16,6 +16,7 @@ from srlm_fast.config.methods import check_methods
 from srlm_fast.config.rules import require
 from srlm_fast.config.sample import PromptsConfig, SamplingConfig
 from srlm_fast.config.spa import SPAConfig
+from srlm_fast.config.srlm import SRLMConfig, check_srlm
 from srlm_fast.config.train import LoraConfig, PreferenceConfig, TrainConfig
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "PreferenceConfig",
     "PromptsConfig",
     "SPAConfig",
+    "SRLMConfig",
     "SamplingConfig",
     "SandboxConfig",
     "TrainConfig",
@@ -59,6 +61,7 @@ class Config:
     pairs: PairsConfig = field(default_factory=PairsConfig)
     eft: EFTConfig = field(default_factory=EFTConfig)
     prompts: PromptsConfig = field(default_factory=PromptsConfig)
+    srlm: SRLMConfig = field(default_factory=SRLMConfig)
     spa: SPAConfig = field(default_factory=SPAConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
 
@@ -69,6 +72,7 @@ class Config:
             not self.lora.r or "shard" not in (self.sft.parallel, self.preference.parallel),
             "lora trains with parallel: replicate only, in sft and preference",
         )
+        check_srlm(self)
 
     @property
     def refines_labels(self) -> bool:

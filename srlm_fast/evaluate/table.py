@@ -76,6 +76,7 @@ def result_rows(models: Sequence[Model]) -> list[Row]:
         ("  rows", _number("eft", "rows", digits=0)),
         ("mean length (tokens)", _number("mean_length", digits=1)),
         ("finished responses", _number("finished_share")),
+        ("positive examples kept", _number("positives_kept", digits=0)),
         ("pairs kept", _number("pairs_kept", digits=0)),
         (
             "  log-prob change, chosen/rejected",

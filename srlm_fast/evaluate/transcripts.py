@@ -29,7 +29,8 @@ def round_transcripts(folder: Path, limit: int) -> list[Markup]:
     verdicts = {verdict.sample: verdict for verdict in judged}
     # Pairs stand in the order of their prompts, one for each at most.
     pairs = {pair.prompt: pair for pair in islice(_records(folder / "pairs.jsonl", Pair), limit)}
-    return [_transcript(group, verdicts, pairs.get(group[0][1].prompt)) for group in groups]
+    made = (folder / "pairs.jsonl").is_file()
+    return [_transcript(group, verdicts, pairs.get(group[0][1].prompt), made) for group in groups]
 
 
 def answers_by_model(folder: Path, models: Sequence[str], limit: int) -> list[Markup]:
@@ -57,7 +58,10 @@ def _records(path: Path, cls: type[R]) -> Iterator[R]:
 
 
 def _transcript(
-    group: Sequence[tuple[int, Sample]], verdicts: Mapping[int | None, Judgement], pair: Pair | None
+    group: Sequence[tuple[int, Sample]],
+    verdicts: Mapping[int | None, Judgement],
+    pair: Pair | None,
+    makes_pairs: bool,
 ) -> Markup:
     responses = []
     for row, sample in group:
@@ -65,7 +69,8 @@ def _transcript(
         role = _role(sample, pair) if verdict else None
         marks = [tag("span", role, class_=f"mark {role}")] if role else []
         responses.append(_response(sample, [*marks, _score(verdict)], _votes(verdict)))
-    note = [] if pair else [tag("p", "No pair was made of this prompt.", class_="quiet")]
+    text = "No pair was made of this prompt."
+    note = [tag("p", text, class_="quiet")] if makes_pairs and not pair else []
     return _article(group[0][1].prompt, [*responses, *note])
 
 

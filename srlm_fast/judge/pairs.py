@@ -1,4 +1,4 @@
-"""From candidates to preference pairs: what is judged at all, and best against worst."""
+"""From candidates to what is learned from: best against worst, or the best alone."""
 
 from __future__ import annotations
 
@@ -73,6 +73,23 @@ def select_pairs(
             dropped["tie"] += 1
         pairs += [_pair(chosen, rejected, round) for chosen, rejected in found]
     return pairs, dropped
+
+
+def select_positives(
+    samples: Sequence[Sample], judgements: Sequence[Judgement], least: float
+) -> tuple[list[Sample], Counter[str]]:
+    """The judged samples that score at least `least` (SRLM appendix A.4), and what the others are:
+    "no score", or "score too low". `Judgement.sample` says which sample was judged."""
+    dropped: Counter[str] = Counter()
+    kept = []
+    for verdict in judgements:
+        if verdict.score is None or not math.isfinite(verdict.score):
+            dropped["no score"] += 1
+        elif verdict.score < least:
+            dropped["score too low"] += 1
+        elif verdict.sample is not None:
+            kept.append(samples[verdict.sample])
+    return kept, dropped
 
 
 def _judged(group: Sequence[Sample], verdicts: Sequence[Judgement]) -> list[Judged]:

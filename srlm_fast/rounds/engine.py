@@ -80,11 +80,11 @@ class Engine:
         """Put the weights of `folder` into the resident model, in place."""
         self.weights.load(folder)
 
-    def sft(self, name: str, examples: Sequence[Example]) -> None:
-        """Fine-tune the resident model on `examples` into model `name`."""
+    def sft(self, name: str, examples: Sequence[Example | Sample]) -> None:
+        """Fine-tune the resident model on `examples` into model `name`; samples keep their ids."""
 
         def train() -> dict[str, Any]:
-            rows = [self._tokens(e.prompt, e.response) for e in examples]
+            rows = [self._tokens(example) for example in examples]
             return train_sft(
                 self.model,
                 rows,
@@ -275,9 +275,11 @@ class Engine:
             return ShardedSampler(model, self.tokenizer, ranks=self.run.ranks, **options)
         return Sampler(model, self.tokenizer, **options)
 
-    def _tokens(self, prompt: Prompt, response: str) -> Tokens:
-        template = self.template
-        return template.encode_prompt(prompt), template.encode_response(prompt, response)
+    def _tokens(self, example: Example | Sample) -> Tokens:
+        if isinstance(example, Sample):
+            return list(example.prompt_ids), list(example.response_ids)
+        prompt, response = example.prompt, example.response
+        return self.template.encode_prompt(prompt), self.template.encode_response(prompt, response)
 
     def _fit(self, config: Any) -> Any:
         """The training configuration with rows limited to what the model can hold."""

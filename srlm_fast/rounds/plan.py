@@ -46,7 +46,7 @@ def _stages(config: Config, task: Task) -> list[tuple[str, str]]:
         stages += [
             ("SFT baseline", f"{len(task.ift)} IFT rows x {config.sft.num_train_epochs} epochs"),
             ("EFT", _eft(config, task)),
-            ("M1", "IFT + EFT"),
+            *([("M1", "IFT + EFT")] if config.eft.enabled else []),
         ]
     else:
         gold = len(task.gold) or config.spa.num_seed_pairs
@@ -60,6 +60,9 @@ def _stages(config: Config, task: Task) -> list[tuple[str, str]]:
         if cfg.source == "dataset":
             count = min(count, len(task.prompts))
         tokens = count * n * config.sampling.max_new_tokens
+        learned = "preference", f"at most {count} pairs, {loss}"
+        if config.srlm.training == "positives":
+            learned = "SFT", f"of the base model, at most {count * n} rows more by each round"
         judged = f"{count * n} x {votes} votes"
         if config.judge.kind == "prompted":
             judged += f", {count * n * votes * config.judge.max_new_tokens:,} tokens"
@@ -67,7 +70,7 @@ def _stages(config: Config, task: Task) -> list[tuple[str, str]]:
             (f"round {t}: prompts", f"{count} by {cfg.source}"),
             (f"round {t}: candidates", f"{count} prompts x {n}, at most {tokens:,} tokens"),
             (f"round {t}: judging", f"{config.judge.kind}, at most {judged}"),
-            (f"round {t}: preference", f"at most {count} pairs, {loss}"),
+            (f"round {t}: {learned[0]}", learned[1]),
         ]
     return stages
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from srlm_fast.data.records import Example, Pair, Sample
 from srlm_fast.data.task import Task
 from srlm_fast.rounds.engine import Engine
 from srlm_fast.rounds.evaluation import evaluate
@@ -11,6 +12,7 @@ from srlm_fast.rounds.stages import (
     candidates,
     evaluation_data,
     judgements,
+    positive_examples,
     round_prompts,
 )
 
@@ -19,28 +21,39 @@ def self_rewarding(engine: Engine, task: Task) -> None:
     """M0 -> SFT baseline; M0 -> M1 -> M2 -> ... -> M(rounds + 1), each M judging for the next.
 
     SFT baseline = SFT(M0; IFT), M1 = SFT(M0; IFT + EFT), M(t+1) = DPO(M(t); AIFT(M(t))).
+
+    The paper's ablations: without EFT the baseline is M1. With positive examples only,
+    M(t+1) = SFT(M0; IFT + EFT + the perfectly scored responses of M1, ..., M(t)).
     """
-    initial = engine.folder("SFT")
-    engine.sft("SFT", task.ift)
+    config, initial = engine.config, engine.folder("SFT")
+    start, rows = "SFT", list[Example | Sample](task.ift)
+    engine.sft("SFT", rows)
     evaluate(engine, task, "SFT", initial=initial)
 
-    # The baseline judges human-ranked responses; where it agrees with the ranks, its judgements
-    # teach the next model to judge (evaluation fine-tuning data).
-    eft = evaluation_data(engine, task)
+    if config.eft.enabled:
+        # The baseline judges human-ranked responses; where it agrees with the ranks, its
+        # judgements teach the next model to judge (evaluation fine-tuning data).
+        start = "M1"
+        rows += evaluation_data(engine, task)
+        engine.use(engine.base)
+        engine.sft("M1", rows)
+        evaluate(engine, task, "M1", previous="SFT", initial=initial)
 
-    engine.use(engine.base)
-    engine.sft("M1", [*task.ift, *eft])
-    evaluate(engine, task, "M1", previous="SFT", initial=initial)
-
-    for t in range(1, engine.config.rounds + 1):
-        name = f"M{t + 1}"
+    previous, before = start, initial
+    for t in range(1, config.rounds + 1):
+        name, pairs = f"M{t + 1}", list[Pair]()
         prompts = round_prompts(engine, task, t)
         samples = candidates(engine, prompts, t)
-        before = engine.folder(f"M{t - 1}") if t > 1 else initial
         verdicts = judgements(engine, samples, t, initial=initial, before=before)
-        pairs = best_and_worst(engine, samples, verdicts, t)
-        engine.dpo(name, pairs, fixed=engine.folder("M1"), refine=refinement(engine.config, t))
+        if config.srlm.training == "positives":
+            rows += positive_examples(engine, samples, verdicts, t)
+            engine.use(engine.base)
+            engine.sft(name, rows)
+        else:
+            pairs = best_and_worst(engine, samples, verdicts, t)
+            engine.dpo(name, pairs, fixed=engine.folder(start), refine=refinement(config, t))
+        now = engine.folder(previous)
         evaluate(
-            engine, task, name, round=t, previous=f"M{t}", initial=initial,
-            before=engine.folder(f"M{t}"), pairs=pairs,
-        )  # fmt: skip
+            engine, task, name, round=t, previous=previous, initial=initial, before=now, pairs=pairs
+        )
+        previous, before = name, now

@@ -23,7 +23,7 @@ from srlm_fast.data.task import Task
 from srlm_fast.errors import UserError
 from srlm_fast.judge.eft import build_eft
 from srlm_fast.judge.judge_prompt import load_judge_prompt
-from srlm_fast.judge.pairs import drop_unusable, select_pairs
+from srlm_fast.judge.pairs import drop_unusable, select_pairs, select_positives
 from srlm_fast.judge.prompted import PromptedJudge
 from srlm_fast.prompts.self_instruct import new_prompts
 from srlm_fast.rounds.engine import Engine
@@ -183,13 +183,36 @@ def best_and_worst(
             groups, [[judged[row[id(s)]] for s in g] for g in groups], t, engine.config.pairs,
             seed=engine.run.seed(f"pairs-{t}"),
         )  # fmt: skip
-        stages = [engine.run.info(f"round-{t}/{name}") for name in ("samples", "judgements")]
-        total = sum((Counter(s.get("dropped", {})) for s in stages), Counter(dropped))
-        return pairs, {"dropped": dict(total)}
+        return pairs, {"dropped": _with_earlier_drops(engine, t, dropped)}
 
     pairs = engine.run.records(f"round-{t}/pairs", Pair, make)
     why = engine.run.info(f"round-{t}/pairs")["dropped"]
     return _some(pairs, f"round {t} made no preference pair (dropped: {why}); {NO_PAIRS}")
+
+
+def positive_examples(
+    engine: Engine, samples: Sequence[Sample], verdicts: Sequence[Judgement], t: int
+) -> list[Sample]:
+    """The round's responses that scored `srlm.positive_score`, to be trained on as they are."""
+    least = engine.config.srlm.positive_score
+
+    def make() -> tuple[list[Sample], dict[str, Any]]:
+        kept, dropped = select_positives(samples, verdicts, least)
+        return kept, {"dropped": _with_earlier_drops(engine, t, dropped)}
+
+    kept = engine.run.records(f"round-{t}/positives", Sample, make)
+    why = engine.run.info(f"round-{t}/positives")["dropped"]
+    return _some(
+        kept,
+        f"round {t}: no response scored {least:g} (dropped: {why}); start a new run with a lower "
+        "--srlm.positive_score, or --srlm.training preference",
+    )
+
+
+def _with_earlier_drops(engine: Engine, t: int, dropped: Counter[str]) -> dict[str, int]:
+    """What round t dropped of its candidates, in all."""
+    earlier = [engine.run.info(f"round-{t}/{name}") for name in ("samples", "judgements")]
+    return dict(sum((Counter(info.get("dropped", {})) for info in earlier), Counter(dropped)))
 
 
 def _prompt_rows(engine: Engine, t: int) -> list[PromptRow]:

@@ -14,12 +14,14 @@ ORACLE_NOTE = (
 )
 
 
-def model_names(config: Config) -> dict[str, int]:
-    """The models of a run, in the order they are made, and the round that made each (0: none)."""
+def models_by_round(config: Config) -> dict[str, int]:
+    """The models of a run in the order they are made, and the round that makes each (0: none)."""
+    rounds = range(1, config.rounds + 1)
     if config.method == "srlm":
-        return {"SFT": 0, "M1": 0} | {f"M{t + 1}": t for t in range(1, config.rounds + 1)}
-    seed = {} if config.spa.no_seed else {"DPO": 0}
-    return {"SFT": 0} | seed | {f"SPA{t}": t for t in range(1, config.rounds + 1)}
+        seed = ["SFT", "M1"] if config.eft.enabled else ["SFT"]
+        return dict.fromkeys(seed, 0) | {f"M{t + 1}": t for t in rounds}
+    seed = ["SFT"] if config.spa.no_seed else ["SFT", "DPO"]
+    return dict.fromkeys(seed, 0) | {f"SPA{t}": t for t in rounds}
 
 
 def summarise(run: Run, task: Task) -> dict[str, Any]:
@@ -37,7 +39,7 @@ def summarise(run: Run, task: Task) -> dict[str, Any]:
             {"name": name, "seconds": s["seconds"], "rows": s.get("rows"), "tokens": _tokens(s)}
             for name, s in stages.items()
         ],
-        "models": [_model(run, name, round) for name, round in model_names(config).items()],
+        "models": [_model(run, name, t) for name, t in models_by_round(config).items()],
         "base_model": run.info("pretrain") or {"folder": config.model},
         "notes": _notes(run, task),
     }
@@ -64,6 +66,8 @@ def _notes(run: Run, task: Task) -> list[str]:
         )
     if run.config.preference.reference == "fixed":
         notes.append("The reference is fixed, so margins do not start at 0; that check is off.")
+    if run.config.method == "srlm" and not run.config.eft.enabled:
+        notes.append("There is no evaluation data (EFT), so the SFT baseline is M1.")
     if task.dropped:
         lost = ", ".join(f"{reason} {n}" for reason, n in task.dropped.items())
         notes.append(f"Dropped while reading the data: {lost}.")
@@ -71,14 +75,19 @@ def _notes(run: Run, task: Task) -> list[str]:
 
 
 def _model(run: Run, name: str, round: int) -> dict[str, Any]:
-    """One model: how it does, and what it was trained on (its round's pairs; round 0: the seed)."""
+    """One model: how it does, and what it was trained on: its round's pairs or positive examples;
+    in round 0 the seed."""
     stages = run.manifest["stages"]
-    made = f"round-{round}/pairs" if round else "seed/pairs" if name == "DPO" else ""
+    positives = run.config.srlm.training == "positives"
+    made = f"round-{round}/{'positives' if positives else 'pairs'}" if round else ""
+    made = "seed/pairs" if name == "DPO" else made
+    rows = stages[made]["rows"] if made else None
     training = {k: v for k, v in run.info(f"train/{name}").items() if k != "flags"}
     return {
         **run.info(f"evaluation/{name}"),
         "training": training or None,
-        "pairs_kept": stages[made]["rows"] if made else None,
+        "pairs_kept": None if positives else rows,
+        "positives_kept": rows if positives else None,
         "dropped": run.info(made).get("dropped") if made else None,
         "prompts_dropped": run.info(f"round-{round}/prompts").get("dropped"),
         "eft": run.info("seed/eft") or None if name == "M1" else None,

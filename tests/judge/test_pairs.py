@@ -5,7 +5,7 @@ import pytest
 from srlm_fast.config import PairsConfig
 from srlm_fast.data.records import Judgement, Vote
 from srlm_fast.errors import UserError
-from srlm_fast.judge.pairs import drop_unusable, select_pairs
+from srlm_fast.judge.pairs import drop_unusable, select_pairs, select_positives
 
 
 def judgements(*scores):
@@ -161,3 +161,15 @@ def test_the_penalty_that_balances_lengths_is_found(make_sample):
 def test_senseless_settings_are_refused(settings, complaint):
     with pytest.raises(UserError, match=complaint):
         PairsConfig(**settings)
+
+
+def test_positives_are_the_judged_ones_that_score_enough(group):
+    verdicts = [
+        dataclasses.replace(verdict, sample=row)
+        for row, verdict in zip(
+            (0, 2, 3, 1, 0), judgements(5, None, 4.9, 5, float("nan")), strict=True
+        )
+    ]
+    kept, dropped = select_positives(group, verdicts, 5.0)
+    assert kept == [group[0], group[1]]
+    assert dropped == {"no score": 2, "score too low": 1}

@@ -1,0 +1,37 @@
+"""Settings of SRLM that contradict others, or would be ignored."""
+
+from __future__ import annotations
+
+import pytest
+
+from srlm_fast.config import Config
+from srlm_fast.errors import UserError
+from srlm_fast.recipes import load_config
+
+POSITIVES = {"srlm.training": "positives"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "complaint"),
+    [
+        ({"srlm.positive_score": "4"}, "^srlm.positive_score needs training: positives$"),
+        (POSITIVES | {"srlm.positive_score": "0"}, "positive_score must be above 0"),
+        (POSITIVES | {"srlm.positive_score": "5.5"}, "positive_score must be above 0 and at most"),
+        (POSITIVES | {"method": "spa"}, "srlm.training is for method srlm"),
+        (POSITIVES | {"judge.kind": "implicit"}, "judge.kind implicit gives others; take prompted"),
+        (POSITIVES | {"judge.kind": "longest"}, "judge.kind longest gives others; take prompted"),
+        (POSITIVES | {"judge.kind": "expected"}, "must be below 5 with judge.kind expected"),
+        (POSITIVES | {"pairs.length_control": "0.2"}, "positives makes no pairs; leave"),
+    ],
+)  # fmt: skip
+def test_senseless_settings_are_refused(settings: dict[str, str], complaint: str) -> None:
+    with pytest.raises(UserError, match=complaint):
+        load_config("srlm", settings)
+
+
+def test_the_variants_of_the_paper_are_accepted() -> None:
+    assert load_config("srlm", POSITIVES).srlm.positive_score == 5.0
+    expected = POSITIVES | {"judge.kind": "expected", "srlm.positive_score": "4.5"}
+    assert load_config("srlm", expected).srlm.training == "positives"
+    assert not load_config("srlm", {"eft.enabled": "false"}).eft.enabled
+    assert Config(method="spa").srlm == Config().srlm

@@ -12,7 +12,7 @@ from typing import Any
 from srlm_fast.config import EFTConfig
 from srlm_fast.data.records import Example, Judgement, RankedGroup
 from srlm_fast.judge.judge_prompt import JudgePrompt
-from srlm_fast.judge.parser import MAX_SCORE, through_score_line
+from srlm_fast.judge.parser import MAX_SCORE
 from srlm_fast.judge.prompted import PromptedJudge
 
 Row = tuple[Example, float]
@@ -103,7 +103,7 @@ def _from_judge(
             reason = _disagreement(verdicts, groups[index].ranks, config.allow_ties)
             if reason is None:
                 rows[index] = [
-                    (Example(request, through_score_line(verdict.votes[0].text)), verdict.score)
+                    (Example(request, prompt.lesson(verdict.votes[0].text)), verdict.score)
                     for request, verdict in zip(requests[index], verdicts, strict=True)
                     if verdict.score is not None
                 ]

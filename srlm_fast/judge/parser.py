@@ -1,14 +1,16 @@
 """Reads the score out of a judge's generated text.
 
-The last verdict counts, since a justification may mention scores before it concludes. Only what
-the judge generated may be given here: the judge prompt holds the response under judgement, which
-could spell a score of its own.
+The last verdict counts, since a justification may mention scores before it concludes; or the first,
+where the prompt asks for the score before the reasons. Only what the judge generated may be given
+here: the judge prompt holds the response under judgement, which could spell a score of its own.
+For the same reason nothing between `<response>` and `</response>` counts: it is an echo.
 """
 
 from __future__ import annotations
 
 import re
 from collections import deque
+from itertools import islice
 
 MAX_SCORE = 5.0
 NO_SCORE = "no score"
@@ -21,7 +23,8 @@ _SCORE = re.compile(
     [\s*_"'`\u201d\u2019]*+                              # closing quote or bold
     (?: \( [^()\n]{0,20} \) [\s*_]*+ )?                  # "Score (0-5):"
     [:\uff1a]
-    [\s*_"'`\u201c\u201d\u2018\u2019<\[({$]*+            # opening quote, bold or bracket
+    [\s*_"'`\u201c\u201d\u2018\u2019<\[({$\\]*+          # opening quote, bold or bracket
+    (?: boxed \{ [\s*_]*+ )?
     (?P<value> [+\-\u2212]? \d+ (?: [.,] \d+ )? )        # all digits: 10 must not be read as 1
     (?:                                                  # "1 + 1 + 1 = 3"
         (?: [^\S\n]*+ \+ [^\S\n]*+ \d++ (?: [.,] \d++ )? )++
@@ -29,21 +32,24 @@ _SCORE = re.compile(
     )?
     (?P<open> [^\S\n]*+ \+ [^\S\n]*+ \d )?               # "1 + 1", and no total
     (?P<range> [^\S\n]*+ (?: [-\u2013~] | to\b ) [^\S\n]*+ \d )?
-    (?: (?: [^\S\n] | [*_] )*+ (?: / | out\ of ) [^\S\n]*+ (?P<scale> \d+ ) )?
+    (?:                                                  # "4/5", "[4] / 5", "8 points (of **10**)"
+        (?: [^\S\n] | [*_"'`\u201d\u2019>\])}$] )*+ (?: points?\b | 分 )? [^\S\n]*+ [(\uff08]?+
+        (?: / | (?: out\ )? of\b | 满分 ) (?: [^\S\n] | [*_<\[({$] )*+ (?P<scale> \d+ )
+    )?
     """,
     re.VERBOSE | re.IGNORECASE,
 )
 
 
-def parse_score(text: str) -> tuple[float | None, str | None]:
-    """The score of the last `Score: <number>` in `text`, or None and the reason.
+def parse_score(text: str, *, first: bool = False) -> tuple[float | None, str | None]:
+    """The score of the last `Score: <number>` in `text`, or of the first; or None and the reason.
 
     Case, markdown, quotes, brackets, `4/5`, `4 out of 5`, decimals, a full-width colon and 得分 for
-    "Score" are tolerated. A last verdict below 0 or above 5, on another scale (`4/10`) or naming a
-    range (`0-5`) is "out of range": no earlier verdict stands in for it. Of a sum (`1 + 1 = 2`) the
-    total counts. Without any verdict the reason is "no score".
+    "Score" are tolerated. A verdict below 0 or above 5, on another scale (`4/10`) or naming a range
+    (`0-5`) is "out of range": no other verdict stands in for it. Of a sum (`1 + 1 = 2`) the total
+    counts. Without any verdict the reason is "no score".
     """
-    match = _last_verdict(text)
+    match = _verdict(text, first)
     if match is None:
         return None, NO_SCORE
     if match["open"]:
@@ -58,11 +64,19 @@ def parse_score(text: str) -> tuple[float | None, str | None]:
 
 def through_score_line(text: str) -> str:
     """`text` up to the end of the line that holds its last verdict; all of it without one."""
-    match = _last_verdict(text)
+    match = _verdict(text, first=False)
     end = text.find("\n", match.end()) if match else -1
     return text if end < 0 else text[:end]
 
 
-def _last_verdict(text: str) -> re.Match[str] | None:
-    last = deque(_SCORE.finditer(text), maxlen=1)
-    return last[0] if last else None
+def _verdict(text: str, first: bool) -> re.Match[str] | None:
+    found = _SCORE.finditer(_own_words(text))
+    chosen = islice(found, 1) if first else deque(found, maxlen=1)
+    return next(iter(chosen), None)
+
+
+def _own_words(text: str) -> str:
+    """`text` with the response that it repeats blanked out, up to the last closing tag: a response
+    may hold one itself."""
+    start, end = text.find("<response>"), text.rfind("</response>")
+    return text[:start] + "\0" * (end - start) + text[end:] if 0 <= start < end else text

@@ -10,7 +10,6 @@ from srlm_fast.data.records import Judgement, Prompt, Sample, Vote
 from srlm_fast.data.template import ChatTemplate
 from srlm_fast.judge.base import TOO_LONG
 from srlm_fast.judge.judge_prompt import load_judge_prompt
-from srlm_fast.judge.parser import parse_score
 from srlm_fast.sampler import Sampler, SamplingParams
 
 
@@ -65,17 +64,16 @@ class PromptedJudge:
         asked = [ids for ids, fit in zip(encoded, fits, strict=True) if fit]
         outputs = iter(self.sampler.generate(asked, params, progress="judging") if asked else [])
         return [
-            _mean([c.text for c in next(outputs).outputs])
+            self._mean([c.text for c in next(outputs).outputs])
             if fit
             else Judgement(None, invalid=TOO_LONG)
             for fit in fits
         ]
 
-
-def _mean(texts: Sequence[str]) -> Judgement:
-    votes = tuple(Vote(text, *parse_score(text)) for text in texts)
-    scores = [vote.score for vote in votes if vote.score is not None]
-    if not scores:
-        return Judgement(None, votes, "no vote has a score")
-    # fsum: the mean must not depend on the order of the votes, or equal votes would break ties.
-    return Judgement(math.fsum(scores) / len(scores), votes)
+    def _mean(self, texts: Sequence[str]) -> Judgement:
+        votes = tuple(Vote(text, *self.prompt.parse(text)) for text in texts)
+        scores = [vote.score for vote in votes if vote.score is not None]
+        if not scores:
+            return Judgement(None, votes, "no vote has a score")
+        # fsum: the mean must not depend on the order of the votes, or equal votes would break ties.
+        return Judgement(math.fsum(scores) / len(scores), votes)

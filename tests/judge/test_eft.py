@@ -60,6 +60,24 @@ def test_rambling_after_the_verdict_is_not_taught(build):
     assert rows[0].response == "because Score: 5"
 
 
+def test_reasons_behind_the_score_are_taught_where_they_come_last(scripted, char_template):
+    prompt = load_judge_prompt("score_first")
+
+    def answer(text, index, seed):
+        score = next(s for r, s in {"great": 5, "bad": 0}.items() if f"<response>{r}<" in text)
+        return f"Score: {score}\nIt is what Score: 3 is not."
+
+    judge = PromptedJudge(
+        scripted(answer), char_template, JudgeConfig(prompt="score_first"), seed=9, context=10_000
+    )
+    group = RankedGroup(user("q"), ("great", "bad"), (0, 1))
+    rows, report = build_eft(judge, [group], EFTConfig(), prompt, seed=0)
+    assert [r.response for r in rows] == [
+        f"Score: {n}\nIt is what Score: 3 is not." for n in (5, 0)
+    ]
+    assert report["scores_after"] == {"0": 1, "5": 1}
+
+
 @pytest.mark.parametrize(
     ("group", "scores", "kept"),
     [

@@ -10,7 +10,7 @@ BOTH = JudgePrompt("test", "Q <INSTRUCTION_HERE> A <RESPONSE_HERE>")
 
 
 def test_shipped_prompts_load():
-    assert judge_prompt_names() == ["additive", "additive_score_only", "sandbox"]
+    assert judge_prompt_names() == ["additive", "additive_score_only", "sandbox", "score_first"]
     for name in judge_prompt_names():
         assert "Score:" in load_judge_prompt(name).text
 
@@ -19,6 +19,24 @@ def test_additive_is_verbatim():
     """Figure 2 of arXiv 2401.10020, to the letter: a known defect elsewhere is an edited prompt."""
     digest = hashlib.sha256(load_judge_prompt("additive").text.encode()).hexdigest()
     assert digest == "b5e09b89ff2fe3964a7b65de2b35be6aa05db93d89550024988e68be906f22db"
+
+
+def test_score_first_asks_for_the_same_and_for_the_score_first():
+    additive, score_first = (
+        load_judge_prompt("additive").text,
+        load_judge_prompt("score_first").text,
+    )
+    differing = set(additive.split("\n")) ^ set(score_first.split("\n"))
+    assert len(differing) == 4 and all("score" in line for line in differing)
+    assert score_first.index("Begin with the score") < score_first.index("Then briefly justify")
+
+
+def test_which_score_counts_and_what_is_taught():
+    text = "Score: 2\nFor Score: 5 it would need sources.\nUser: more"
+    assert load_judge_prompt("score_first").parse(text) == (2, None)
+    assert load_judge_prompt("score_first").lesson(text) == text
+    assert load_judge_prompt("additive").parse(text) == (5, None)
+    assert load_judge_prompt("additive").lesson(text) == text.partition("\nUser")[0]
 
 
 def test_score_only_is_short():
@@ -44,6 +62,34 @@ def test_user_file(tmp_path):
     path = tmp_path / "mine.txt"
     path.write_text("Note <RESPONSE_HERE> for <INSTRUCTION_HERE>\n")
     assert load_judge_prompt(str(path)).fill(user("q"), "r") == user("Note r for q")
+
+
+def test_user_file_in_yaml_says_which_score_counts(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("verdict: first\ntext: |\n  Note <RESPONSE_HERE>\n  for <INSTRUCTION_HERE>\n")
+    prompt = load_judge_prompt(str(path))
+    assert prompt.fill(user("q"), "r") == user("Note r\nfor q")
+    assert prompt.parse("Score: 1 Score: 2") == (1, None)
+
+
+@pytest.mark.parametrize(
+    ("said", "complaint"),
+    [
+        ("text: [", "is not YAML"),
+        ("text: 2024-13-45", "is not YAML"),
+        ("- a", "must have the key text"),
+        ("verdict: first", "must have the key text"),
+        ("text: 7", "all of them strings"),
+        ("text: {}\nmore: a", "of text, verdict no others"),
+        ("text: <INSTRUCTION_HERE> <RESPONSE_HERE>\nverdict: middle", "must be first or last"),
+        ("text: <INSTRUCTION_HERE>", "no <RESPONSE_HERE>"),
+    ],
+)
+def test_wrong_yaml_is_refused(tmp_path, said, complaint):
+    path = tmp_path / "mine.yaml"
+    path.write_text(said)
+    with pytest.raises(UserError, match=complaint):
+        load_judge_prompt(str(path))
 
 
 @pytest.mark.parametrize("missing", ["<INSTRUCTION_HERE>", "<RESPONSE_HERE>"])

@@ -73,11 +73,27 @@ class Config:
             "lora trains with parallel: replicate only, in sft and preference",
         )
         check_srlm(self)
+        self._check_consistency()
 
     @property
     def refines_labels(self) -> bool:
         """Whether the rounds train on labels that SPA refines (its equation 10)."""
-        return self.spa.self_refinement if self.method == "spa" else self.spa.refine_srlm
+        asked = self.spa.self_refinement if self.method == "spa" else self.spa.refine_srlm
+        return asked and self.spa.alpha > 0
+
+    def _check_consistency(self) -> None:
+        if self.pairs.consistency == "off":
+            return
+        loss = self.preference
+        require(
+            loss.loss_type == "sigmoid" and loss.label_smoothing == 0,
+            "pairs.consistency is the label smoothing of DPO; set preference.loss_type to sigmoid"
+            " and preference.label_smoothing to 0",
+        )
+        require(
+            not self.refines_labels,
+            "pairs.consistency and spa.alpha both smooth labels; leave one off, or set it to 0",
+        )
 
     def input_files(self) -> list[Path]:
         """The files of the user that the run reads; names of recipes and HF datasets are none."""

@@ -55,6 +55,9 @@ class PairsConfig:
     length_control: float = 0.0  # Meta-Rewarding's rho, with min_max; 0: off
     length_penalty: float = 0.0  # DICE's alpha: taken from the score for every token
     balance_length: bool = False  # DICE's search for the penalty: lengths equal in the mean
+    # CREAM's weight: labels count as far as M_t and M_{t-1} rank candidates alike, in the mean over
+    # all prompts (avg) or for each prompt (dyn).
+    consistency: Literal["off", "avg", "dyn"] = "off"
 
     def __post_init__(self) -> None:
         require(0 <= self.length_control < 0.5, "length_control must be at least 0 and below 0.5")

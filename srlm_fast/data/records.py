@@ -173,7 +173,10 @@ class Judgement(Record):
 
 @dataclass(frozen=True)
 class Pair(Record):
-    """One preference pair as it is trained on: token ids, with the text beside them."""
+    """One preference pair as it is trained on: token ids, with the text beside them.
+
+    label_smoothing: how likely the label is wrong, in [0, 1]; None: as the loss's settings say.
+    """
 
     prompt: Prompt
     prompt_ids: tuple[int, ...]
@@ -184,6 +187,7 @@ class Pair(Record):
     chosen_score: float | None
     rejected_score: float | None
     round: int
+    label_smoothing: float | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "prompt", _prompt(self.prompt))

@@ -66,8 +66,8 @@ class ImplicitJudge:
         if len(prompts) != len(candidates):
             raise ValueError(f"{len(prompts)} prompts but {len(candidates)} groups of candidates")
         scored = [[sample for sample in group if self._fits(sample)] for group in candidates]
-        policy = iter(_sequence_logp(self.policy, scored))
-        init = iter(_sequence_logp(self.reference, scored)) if self.reference else None
+        policy = iter(sequence_logp(self.policy, scored))
+        init = iter(sequence_logp(self.reference, scored)) if self.reference else None
         return [
             [
                 _reward(next(policy), next(init) if init else None)
@@ -83,7 +83,7 @@ class ImplicitJudge:
         return length <= self.policy.context
 
 
-def _sequence_logp(sampler: Scorer, candidates: Sequence[Sequence[Sample]]) -> list[float]:
+def sequence_logp(sampler: Scorer, candidates: Sequence[Sequence[Sample]]) -> list[float]:
     """Summed log-prob of every candidate, flat, in order; sums in float64."""
     groups = [group for group in candidates if group]
     if not groups:

@@ -53,6 +53,9 @@ class Engine:
     def __init__(self, run: Run, folder: Path) -> None:
         self.run, self.config = run, run.config
         self.base = folder
+        self.resident = folder
+        """Where the weights are saved that the resident model has now."""
+        self._trained_from: dict[Path, Path] = {}
         model = load_model(
             str(folder), device=resolve_device(self.config.device), dtype=self.config.dtype
         )
@@ -79,6 +82,15 @@ class Engine:
     def use(self, folder: Path) -> None:
         """Put the weights of `folder` into the resident model, in place."""
         self.weights.load(folder)
+        self.resident = folder
+
+    @property
+    def lineage(self) -> list[Path]:
+        """The models that led to the resident one, each trained from the one before; it is last."""
+        line = [self.resident]
+        while line[0] in self._trained_from:
+            line.insert(0, self._trained_from[line[0]])
+        return line
 
     def sft(self, name: str, examples: Sequence[Example | Sample]) -> None:
         """Fine-tune the resident model on `examples` into model `name`; samples keep their ids."""
@@ -204,7 +216,7 @@ class Engine:
 
     def implicit(self, initial: Path) -> ImplicitJudge:
         """SPA's judge: the log-ratio of the resident model to pi_init (eq. 7)."""
-        return ImplicitJudge(self.sampler, self._frozen(initial))
+        return ImplicitJudge(self.sampler, self.scorer(initial))
 
     def _reference(self, initial: Path, before: Path) -> Scorer | None:
         """What the implicit judge divides by, as `judge.reference` says (SPA's table 7)."""
@@ -213,17 +225,17 @@ class Engine:
             return None
         models = {"sft": initial, "base": self.base, "previous": before}
         if name in models:
-            return self._frozen(models[name])
+            return self.scorer(models[name])
         device = resolve_device(self.config.device)
         path = str(resolve_folder(name))
         return self._sampler(load_model(path, device=device, dtype=self.model.dtype))
 
-    def _frozen(self, folder: Path) -> Scorer:
-        """A model of this run, which scores beside the resident one."""
-        reference = self.weights.frozen(folder)
-        if isinstance(reference, FrozenAdapter):
-            return AdapterScorer(self.sampler, reference)
-        return self._sampler(reference)
+    def scorer(self, folder: Path) -> Scorer:
+        """The model of `folder` beside the resident one, for log-probabilities."""
+        model = self.weights.frozen(folder)
+        if isinstance(model, FrozenAdapter):
+            return AdapterScorer(self.sampler, model)
+        return self._sampler(model)
 
     def gold_pairs(self, rows: Sequence[Preference]) -> list[Pair]:
         """Labelled text as token ids (SPA's seed D)."""
@@ -246,6 +258,7 @@ class Engine:
     def _become(self, name: str, train: Callable[[], dict[str, Any]]) -> None:
         """Make the resident model `name`: by training it, or from disk where that is finished."""
         stage = f"train/{name}"
+        self._trained_from[self.folder(name)] = self.resident
         if self.run.done(stage):
             self._forget(name)
             return self.use(self.folder(name))
@@ -258,6 +271,7 @@ class Engine:
             return summary
 
         self.run.result(stage, train_and_save, made=f"models/{name}")
+        self.resident = self.folder(name)
         return self._forget(name)
 
     def _state(self, name: str) -> Path:

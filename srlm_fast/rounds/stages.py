@@ -26,6 +26,7 @@ from srlm_fast.judge.judge_prompt import load_judge_prompt
 from srlm_fast.judge.pairs import drop_unusable, select_pairs, select_positives
 from srlm_fast.judge.prompted import PromptedJudge
 from srlm_fast.prompts.self_instruct import new_prompts
+from srlm_fast.rounds import cream
 from srlm_fast.rounds.engine import Engine
 
 T = TypeVar("T")
@@ -183,7 +184,11 @@ def best_and_worst(
             groups, [[judged[row[id(s)]] for s in g] for g in groups], t, engine.config.pairs,
             seed=engine.run.seed(f"pairs-{t}"),
         )  # fmt: skip
-        return pairs, {"dropped": _with_earlier_drops(engine, t, dropped)}
+        report: dict[str, Any] = {}
+        if engine.config.pairs.consistency != "off":
+            pairs, unweighted, report["consistency"] = cream.weighted(engine, pairs, groups)
+            dropped += unweighted
+        return pairs, {"dropped": _with_earlier_drops(engine, t, dropped), **report}
 
     pairs = engine.run.records(f"round-{t}/pairs", Pair, make)
     why = engine.run.info(f"round-{t}/pairs")["dropped"]

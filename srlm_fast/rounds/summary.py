@@ -89,6 +89,7 @@ def _model(run: Run, name: str, round: int) -> dict[str, Any]:
         "pairs_kept": None if positives else rows,
         "positives_kept": rows if positives else None,
         "dropped": run.info(made).get("dropped") if made else None,
+        "consistency": run.info(made).get("consistency") if made else None,
         "prompts_dropped": run.info(f"round-{round}/prompts").get("dropped"),
         "eft": run.info("seed/eft") or None if name == "M1" else None,
         "round_parsed_share": run.info(f"round-{round}/judgements").get("parsed_share"),

@@ -64,7 +64,8 @@ def train_preference(
 
     The loss is `config.loss_type` with `config.beta` on summed log-probs, averaged over the pairs
     of an optimiser step, plus `config.rpo_alpha` times the chosen response's mean negative
-    log-likelihood. With `refine` it is SPA's refined DPO loss instead.
+    log-likelihood. With `refine` it is SPA's refined DPO loss instead. A pair's `label_smoothing`
+    stands for the configuration's.
     reference_is_start: `reference` has the weights that `model` starts from. Then every margin of
     the first step must be exactly 0 (with a cache: below the noise measured when it was made);
     RuntimeError is raised, before any weight changes, if not.
@@ -79,9 +80,11 @@ def train_preference(
     nats, `chosen_logp_change` and `rejected_logp_change`, each a mean over the last quarter of the
     steps; with `refine`, `flags` as long as `pairs`: whether the pair was flagged when last trained
     on, None if alpha was 0 then or it was dropped.
-    Raises UserError when no pair is left, the loss is unknown or training diverges.
+    Raises UserError when no pair is left, the loss is unknown or cannot be smoothed for each pair
+    where that is asked for, or training diverges.
     """
     _check_cache(config, refine, own=reference is model)
+    smoothing = pair_smoothing((*pairs, *eval_pairs), config, refine)
     items = [
         ((p.prompt_ids, p.chosen_ids), (p.prompt_ids, p.rejected_ids))
         for p in (*pairs, *eval_pairs)
@@ -95,17 +98,17 @@ def train_preference(
         # Both are of the start weights: those of a checkpoint come only in `fit`.
         checkpoints = checkpoints_of(
             checkpoint, config, items, [model, reference], "preference", len(pairs), seed, refine,
-            ranks=ranks,
+            smoothing, ranks=ranks,
         )  # fmt: skip
         micro_batches = MicroBatches(items, config, layout, ranks)
-        forward = PairForward(model, items, config, layout, pad_id, refine.lam if refine else None)
+        lam = refine.lam if refine else None
+        forward = PairForward(model, items, config, layout, pad_id, lam, smoothing)
         compared = choose_reference(
             reference, config,
             micro_batches.forwards(kept, size) + micro_batches.forwards(held_out, size),
             forward.collate, cache or checkpoint, ranks,
         )  # fmt: skip
-        dtype = torch.promote_types(model.dtype, torch.float32)
-        like = torch.zeros((), device=model.device, dtype=dtype)
+        like = torch.zeros((), device=model.device, dtype=_wide(model.dtype))
         noise = NoiseDetector(
             refine, beta=config.beta, num_pairs=len(kept), steps=len(plan), like=like, ranks=ranks
         ) if refine else None  # fmt: skip
@@ -139,6 +142,27 @@ def _check_cache(config: PreferenceConfig, refine: Refinement | None, *, own: bo
             "SPA mixes the logits of policy and reference, and sums of log-probs have none: set "
             "preference.reference_cache to states or none"
         )
+
+
+def pair_smoothing(
+    pairs: Sequence[Pair], config: PreferenceConfig, refine: Refinement | None
+) -> tuple[float, ...] | None:
+    """The label smoothing of each of `pairs`; None where all have that of `config`.
+
+    Raises UserError where one has its own and the loss takes none.
+    """
+    if all(pair.label_smoothing is None for pair in pairs):
+        return None
+    if refine or config.loss_type != "sigmoid":
+        raise UserError(
+            "pairs with a label_smoothing of their own need preference.loss_type sigmoid, without"
+            " SPA's refinement"
+        )
+    own = [pair.label_smoothing for pair in pairs]
+    found = tuple(config.label_smoothing if e is None else e for e in own)
+    if not all(0 <= e <= 1 for e in found):
+        raise UserError("the label_smoothing of a pair must lie in 0..1")
+    return found
 
 
 def pair_loss(config: PreferenceConfig) -> Callable[..., Tensor]:
@@ -204,6 +228,8 @@ class PairForward:
     layout: Layout
     pad_id: int
     extrapolation: float | None
+    smoothing: Sequence[float] | None = None
+    """Of each item's label; None: as the loss says."""
 
     def collate(self, indices: Sequence[int]) -> Batch:
         """The batch of the items `indices`."""
@@ -232,6 +258,7 @@ class PairForward:
             batch.target,
             batch.cu_seqlens,
             losses.with_nll(loss, rpo_alpha) if rpo_alpha > 0 else loss,
+            pair=self._of_each_pair(indices),
             scale=scale,
             rows=batch.rows,
             bias=head.bias,
@@ -241,6 +268,12 @@ class PairForward:
             logit_scale=head.logit_scale,
         )
         return result, batch
+
+    def _of_each_pair(self, indices: Sequence[int]) -> dict[str, Tensor]:
+        if self.smoothing is None:
+            return {}
+        own = torch.tensor([self.smoothing[i] for i in indices], dtype=_wide(self.model.dtype))
+        return {"label_smoothing": own.to(self.model.device, non_blocking=True)}
 
     @torch.no_grad()
     def ext_margins(
@@ -253,7 +286,7 @@ class PairForward:
         """The extrapolated margins (nats, no beta) of the items of all `micros`, which `ranks`
         share. Raises torch.OutOfMemoryError on every rank where it is raised on one."""
         sizes, memory_ran_out = [len(micro) for micro in micros], False
-        dtype = torch.promote_types(self.model.dtype, torch.float32)
+        dtype = _wide(self.model.dtype)
         margins = torch.zeros(sum(sizes), device=self.model.device, dtype=dtype)
         parts = list(zip(micros, torch.split(margins, sizes), strict=True))
         try:
@@ -314,6 +347,11 @@ class _Steps:
         result, _ = self.forward(indices, self.reference, self.loss, scale=1.0)
         metrics = _pair_metrics(result, self.forward.config.beta)
         return len(indices), {"loss": result.losses.sum(), **metrics}
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """Of statistics: not narrower than fp32."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 def _pair_metrics(result: PreferenceLoss, beta: float) -> dict[str, Tensor]:

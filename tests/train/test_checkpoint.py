@@ -328,6 +328,15 @@ def test_what_makes_another_training(kind, change, preference, pairs, monkeypatc
     assert unlike[1:] != expected[1:], "it is another"
 
 
+def test_another_smoothing_of_one_label_makes_another_training(
+    preference, pairs, monkeypatch, tmp_path
+):
+    smoothed = [replace(pairs[0], label_smoothing=0.4), *pairs[1:]]
+    stop_after(lambda: preference(DPO, tmp_path), 5, monkeypatch)
+    found = preference(DPO, tmp_path, pairs=smoothed)
+    assert_same(found, preference(replace(DPO, save_steps=0), None, pairs=smoothed))
+
+
 def test_no_pass_of_the_reference_is_made_again(preference, monkeypatch, tmp_path):
     config = replace(DPO, reference_cache="logps")
     whole = preference(replace(config, save_steps=0), None)

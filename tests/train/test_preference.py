@@ -58,7 +58,9 @@ def plain_weights(make_model, pairs):
     def pick(logits, response):
         return logits.log_softmax(-1)[torch.arange(len(response)), list(response)].sum()
 
-    def run(plan, *, alphas=None, lam=0.0, window=0, k=0.0, rpo_alpha=0.0, beta=0.1):
+    def run(
+        plan, *, alphas=None, lam=0.0, window=0, k=0.0, rpo_alpha=0.0, beta=0.1, smoothing=None
+    ):
         model = make_model()
         reference = copy.deepcopy(model)
         optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.0, foreach=False)
@@ -79,8 +81,9 @@ def plain_weights(make_model, pairs):
                 z = float(ext_margin < tau)
                 if alpha:
                     flags[i] = bool(z)
-                total = total - (1 - alpha * z) * logsigmoid(margin)
-                total = total - alpha * z * logsigmoid(-margin) - rpo_alpha * sides[0][2]
+                e = smoothing[i] if smoothing else alpha * z
+                total = total - (1 - e) * logsigmoid(margin)
+                total = total - e * logsigmoid(-margin) - rpo_alpha * sides[0][2]
             (total / len(indices)).backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
@@ -106,6 +109,26 @@ def test_dpo_training_is_the_papers_formula(train, plain_weights, plan, rpo_alph
     weights, _, _ = train(replace(CONFIG, rpo_alpha=rpo_alpha))
     expected, _ = plain_weights(plan, rpo_alpha=rpo_alpha)
     torch.testing.assert_close(weights, expected, atol=1e-9, rtol=0)
+
+
+@pytest.mark.parametrize("config", [CONFIG, replace(CONFIG, micro_batch_size=1, rpo_alpha=0.2)])
+def test_pairs_may_have_a_label_smoothing_of_their_own(train, plain_weights, plan, pairs, config):
+    """CREAM's weight; the others have the configuration's."""
+    own = [i / 11 if i % 3 else None for i in range(12)]
+    data = [replace(pair, label_smoothing=e) for pair, e in zip(pairs, own, strict=True)]
+    weights, _, _ = train(replace(config, label_smoothing=0.25), data=data)
+    smoothing = [0.25 if e is None else e for e in own]
+    expected, _ = plain_weights(plan, smoothing=smoothing, rpo_alpha=config.rpo_alpha)
+    torch.testing.assert_close(weights, expected, atol=1e-9, rtol=0)
+
+
+def test_only_dpo_can_smooth_the_labels_of_single_pairs(train, pairs):
+    data = [replace(pairs[0], label_smoothing=0.1), *pairs[1:]]
+    for config, refine in ((replace(CONFIG, loss_type="ipo"), None), (CONFIG, REFINE)):
+        with pytest.raises(UserError, match=r"need preference\.loss_type sigmoid"):
+            train(config, refine, data=data)
+    with pytest.raises(UserError, match=r"must lie in 0\.\.1"):
+        train(data=[replace(pairs[0], label_smoothing=1.5)])
 
 
 @pytest.mark.parametrize("lam", [0.0, 4.0])

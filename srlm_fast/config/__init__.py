@@ -73,6 +73,10 @@ class Config:
             "lora trains with parallel: replicate only, in sft and preference",
         )
         check_srlm(self)
+        require(
+            self.pairs.gold_replay == 0 or (self.method == "spa" and not self.spa.no_seed),
+            "pairs.gold_replay needs gold pairs, which only the seed of method spa has; set it to 0",
+        )
         self._check_consistency()
 
     @property

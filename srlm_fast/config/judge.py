@@ -58,11 +58,13 @@ class PairsConfig:
     # CREAM's weight: labels count as far as M_t and M_{t-1} rank candidates alike, in the mean over
     # all prompts (avg) or for each prompt (dyn).
     consistency: Literal["off", "avg", "dyn"] = "off"
+    gold_replay: float = 0.0  # DICE's gamma: this share of a round's training pairs is gold
 
     def __post_init__(self) -> None:
         require(0 <= self.length_control < 0.5, "length_control must be at least 0 and below 0.5")
         known = ("min_max", "max_chosen", "all")
         require(self.selection in known, f"selection must be one of {', '.join(known)}")
+        require(0 <= self.gold_replay < 1, "gold_replay must be at least 0 and below 1")
         require(0 <= self.length_penalty < math.inf, "length_penalty must not be negative")
         require(
             not (self.balance_length and self.length_penalty), "balance_length finds length_penalty"

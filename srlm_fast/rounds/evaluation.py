@@ -65,7 +65,8 @@ def evaluate(
         )
         flags = run.info(f"train/{name}").get("flags")
         if flags and task.oracle:
-            metrics["flags"] = flag_metrics(task.oracle, pairs, flags)
+            # Behind the round's own pairs there may be gold ones.
+            metrics["flags"] = flag_metrics(task.oracle, pairs, flags[: len(pairs)])
         return samples, metrics
 
     run.records(f"evaluation/{name}", Sample, make)

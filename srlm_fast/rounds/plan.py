@@ -60,7 +60,8 @@ def _stages(config: Config, task: Task) -> list[tuple[str, str]]:
         if cfg.source == "dataset":
             count = min(count, len(task.prompts))
         tokens = count * n * config.sampling.max_new_tokens
-        learned = "preference", f"at most {count} pairs, {loss}"
+        pairs = round(count / (1 - config.pairs.gold_replay))
+        learned = "preference", f"at most {pairs} pairs, {loss}"
         if config.srlm.training == "positives":
             learned = "SFT", f"of the base model, at most {count * n} rows more by each round"
         judged = f"{count * n} x {votes} votes"

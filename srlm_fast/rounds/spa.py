@@ -6,6 +6,7 @@ from srlm_fast.config import Config
 from srlm_fast.data.task import Task
 from srlm_fast.rounds.engine import Engine
 from srlm_fast.rounds.evaluation import evaluate
+from srlm_fast.rounds.replay import replayed
 from srlm_fast.rounds.stages import (
     best_and_worst,
     candidates,
@@ -30,8 +31,8 @@ def spread_preference_annotation(engine: Engine, task: Task) -> None:
     evaluate(engine, task, "SFT", initial=initial)
 
     previous, resident, before = "SFT", initial, initial  # before: what `resident` grew from
-    if not config.spa.no_seed:
-        gold = seed_pairs(engine, task)
+    gold = [] if config.spa.no_seed else seed_pairs(engine, task)
+    if gold:
         engine.dpo(
             "DPO",
             gold,
@@ -49,8 +50,9 @@ def spread_preference_annotation(engine: Engine, task: Task) -> None:
         samples = candidates(engine, prompts, i)
         verdicts = judgements(engine, samples, i, initial=initial, before=before)
         pairs = best_and_worst(engine, samples, verdicts, i)
+        data = [*pairs, *replayed(engine, gold, pairs, i)]
         refine = refinement(config, i)
-        engine.dpo(name, pairs, fixed=initial, refine=refine, eval_pairs=task.test_pairs)
+        engine.dpo(name, data, fixed=initial, refine=refine, eval_pairs=task.test_pairs)
         before, resident = resident, engine.folder(name)
         evaluate(
             engine, task, name, round=i, previous=previous, initial=initial, before=before,

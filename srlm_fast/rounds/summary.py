@@ -88,6 +88,7 @@ def _model(run: Run, name: str, round: int) -> dict[str, Any]:
         "training": training or None,
         "pairs_kept": None if positives else rows,
         "positives_kept": rows if positives else None,
+        "gold_replayed": stages.get(f"round-{round}/replay", {}).get("rows"),
         "dropped": run.info(made).get("dropped") if made else None,
         "consistency": run.info(made).get("consistency") if made else None,
         "prompts_dropped": run.info(f"round-{round}/prompts").get("dropped"),

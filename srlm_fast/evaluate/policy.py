@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from srlm_fast.config import Config
@@ -50,7 +50,7 @@ def evaluate_model(
     config: Config,
     judge: Scorer | None = None,
     implicit: Scorer | None = None,
-    previous: tuple[str, Sequence[Sample]] | None = None,
+    opponents: Mapping[str, Sequence[Sample]] | None = None,
     pairs: Sequence[Pair] = (),
 ) -> tuple[dict[str, Any], list[Sample]]:
     """What `summary.json` says of a model's quality, and the model's samples of the test prompts.
@@ -59,8 +59,9 @@ def evaluate_model(
     judge: the model's own judge; it is measured on `task.judge_test`, and it measures the responses
         where the task has no oracle.
     implicit: the reward whose accuracy on `task.test_pairs` is measured.
-    previous: name, and samples as this function returned them, of the model to win against. Where
-        a judge decides, this model's judge scores both sides: two judges' scales do not compare.
+    opponents: the models to win against, each with its samples as this function returned them.
+        Where a judge decides, this model's judge scores both sides: two judges' scales do not
+        compare.
     pairs: what the model was trained on; an oracle says how many of their labels are right.
 
     Every key is always there; what cannot be measured is None.
@@ -72,14 +73,10 @@ def evaluate_model(
     )
     groups = _groups(samples, cfg.num_samples)
     quality, scores = _quality(groups, task, judge)
-    wins = None
-    if previous and scores:
-        against, others = previous
+    wins = {}
+    for opponent, others in (opponents or {}).items() if scores else ():
         _, other_scores = _quality(_groups(others, cfg.num_samples), task, judge)
-        wins = win_rate(scores, other_scores) | {
-            "against": against,
-            "judged_by": quality["judged_by"],
-        }
+        wins[opponent] = win_rate(scores, other_scores) | {"judged_by": quality["judged_by"]}
     labels = label_accuracy(task.oracle, pairs) if task.oracle and pairs else None
     metrics = {
         "name": name,
@@ -88,7 +85,7 @@ def evaluate_model(
         "test_prompts_dropped": dict(+dropped),
         **quality,
         "greedy_oracle_score": _greedy_score(draw, prompts, task) if cfg.greedy else None,
-        "win_rate": wins,
+        "win_rates": wins or None,
         **length_metrics(groups),
         "judge": _judge_agreement(judge, as_samples, task, cfg.num_judge_groups),
         "preference_accuracy": _preference_accuracy(implicit, as_samples, task),

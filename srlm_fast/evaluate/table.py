@@ -56,9 +56,8 @@ def result_rows(models: Sequence[Model]) -> list[Row]:
         *[(f"  {c}", _number("criteria", c)) for c in keys(models, "criteria")],
         ("oracle score, greedy", _number("greedy_oracle_score")),
         ("own judge's mean score ± se", _pm("judge_score", "judge_se")),
-        ("win/tie/lose", _parts("win_rate", parts=("win", "tie", "lose"), form="{:.0%}")),
-        ("  against", _text("win_rate", "against")),
-        ("  decided by", _text("win_rate", "judged_by")),
+        *[(f"win/tie/lose against {name}", _wins(name)) for name in keys(models, "win_rates")],
+        ("  decided by", _text("judged_by")),
         (
             "judge: pairs right (ties wrong/half)",
             _parts("judge", "pairwise_accuracy", parts=("wrong", "half")),
@@ -177,6 +176,10 @@ def _pm(value: str, error: str) -> Callable[[Model], str]:
         return f"{model[value]:.2f}" + ("" if se is None else f" ± {se:.2f}")
 
     return cell
+
+
+def _wins(opponent: str) -> Callable[[Model], str]:
+    return _parts("win_rates", opponent, parts=("win", "tie", "lose"), form="{:.0%}")
 
 
 def _parts(*path: str, parts: Sequence[str], form: str = "{:.2f}") -> Callable[[Model], str]:

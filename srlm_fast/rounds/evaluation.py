@@ -15,6 +15,7 @@ from srlm_fast.evaluate.labels import flag_metrics
 from srlm_fast.evaluate.policy import evaluate_model
 from srlm_fast.judge.base import Judge, text_samples
 from srlm_fast.rounds.engine import Engine
+from srlm_fast.rounds.manifest import Run
 
 
 def evaluate(
@@ -30,7 +31,8 @@ def evaluate(
 ) -> None:
     """Evaluate the resident model as `name`; samples go to evaluation/<name>.jsonl.
 
-    previous: the model to win against. initial: pi_init, for the implicit reward (SPA).
+    previous: the model made before it; to win against that one and all before it.
+    initial: pi_init, for the implicit reward (SPA).
     before: the model it was trained from, for that reward too; see `Engine.judge`.
     pairs: what the model was trained on.
     """
@@ -48,9 +50,6 @@ def evaluate(
         implicit: Judge | None = judge if judge.name == "implicit" else None
         if implicit is None and initial and task.test_pairs:
             implicit = engine.implicit(initial)
-        answers = (
-            read_jsonl(run.folder / f"evaluation/{previous}.jsonl", Sample) if previous else []
-        )
         metrics, samples = evaluate_model(
             name,
             round=round,
@@ -60,7 +59,7 @@ def evaluate(
             config=engine.config,
             judge=judge,
             implicit=implicit,
-            previous=(previous, answers) if previous else None,
+            opponents=_samples_of_earlier(run, previous),
             pairs=pairs,
         )
         flags = run.info(f"train/{name}").get("flags")
@@ -70,3 +69,11 @@ def evaluate(
         return samples, metrics
 
     run.records(f"evaluation/{name}", Sample, make)
+
+
+def _samples_of_earlier(run: Run, last: str) -> dict[str, list[Sample]]:
+    """What the models up to `last` answered, in the order they were made; "": there are none."""
+    stages, part = run.manifest["stages"], "evaluation/"
+    names = [stage.removeprefix(part) for stage in stages if stage.startswith(part)]
+    earlier = names[: names.index(last) + 1] if last else []
+    return {name: read_jsonl(run.folder / f"evaluation/{name}.jsonl", Sample) for name in earlier}

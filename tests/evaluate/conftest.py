@@ -3,7 +3,6 @@
 import json
 import random
 from dataclasses import asdict, replace
-from itertools import pairwise
 
 import pytest
 
@@ -47,7 +46,7 @@ def model_row(name, number, score):
         "judge_se": None,
         "judged_by": "oracle",
         "greedy_oracle_score": score + 0.2,
-        "win_rate": None,
+        "win_rates": None,
         "judge": {
             "pairwise_accuracy": {"wrong": 0.73, "half": 0.81, "drop": 0.9, "right": 0.95},
             "exact_match": 0.4, "five_best": 0.6, "spearman": 0.65, "kendall_tau": 0.6,
@@ -75,11 +74,13 @@ def summary():
     """The summary of an srlm run on the sandbox with two rounds."""
     scores = {"SFT": 3.91, "M1": 4.0, "M2": 4.5, "M3": 4.77}
     models = [model_row(name, i, score) for i, (name, score) in enumerate(scores.items())]
-    for before, model in pairwise(models):
-        model["win_rate"] = {
-            "win": 0.54, "tie": 0.29, "lose": 0.17, "prompts": 200, "unscored": 0,
-            "against": before["name"], "judged_by": "oracle",
-        }  # fmt: skip
+    for number, model in enumerate(models):
+        model["win_rates"] = {
+            earlier["name"]: {
+                "win": 0.54, "tie": 0.29, "lose": 0.17, "prompts": 200, "unscored": 0,
+                "judged_by": "oracle",
+            } for earlier in models[:number]
+        } or None  # fmt: skip
     return {
         "method": "srlm",
         "task": "sandbox W4",

@@ -77,24 +77,28 @@ def test_oracle_scores_samples_and_greedy_of_the_first_prompts(evaluate, model):
     assert metrics["mean_length"] == 1.5
     assert (metrics["name"], metrics["round"], metrics["test_prompts"]) == ("M2", 1, 2)
     assert metrics["test_prompts_dropped"] == {}
-    for key in ("win_rate", "judge", "judge_score", "preference_accuracy", "label_accuracy"):
+    for key in ("win_rates", "judge", "judge_score", "preference_accuracy", "label_accuracy"):
         assert metrics[key] is None, key
 
 
 def test_win_rate_by_the_oracle_says_so(evaluate, model):
     task = Task("toy", test_prompts=PROMPTS, oracle=letters)
     _, before = evaluate(model(["a", "c"]), task)
-    metrics, _ = evaluate(model(["ab", "c"]), task, judge=LengthJudge(), previous=("M1", before))
-    wins = metrics["win_rate"]
-    assert (wins["win"], wins["against"], wins["judged_by"]) == (1.0, "M1", "oracle")
+    _, best = evaluate(model(["ab", "ab"]), task)
+    opponents = {"SFT": before, "M1": best}
+    metrics, _ = evaluate(model(["ab", "c"]), task, judge=LengthJudge(), opponents=opponents)
+    wins = metrics["win_rates"]
+    assert (wins["SFT"]["win"], wins["M1"]["lose"]) == (1.0, 1.0)
+    assert wins["SFT"]["judged_by"] == "oracle"
 
 
 def test_without_oracle_one_judge_scores_both_models(evaluate, model):
     task = Task("toy", test_prompts=PROMPTS)
     _, before = evaluate(model(["long answer", "x"]), task)
-    metrics, _ = evaluate(model(["y", "z"]), task, judge=LengthJudge(), previous=("M1", before))
+    opponents = {"M1": before}
+    metrics, _ = evaluate(model(["y", "z"]), task, judge=LengthJudge(), opponents=opponents)
     assert (metrics["judge_score"], metrics["judge_se"]) == (1.0, 0.0)
-    wins = metrics["win_rate"]
+    wins = metrics["win_rates"]["M1"]
     assert (wins["lose"], wins["judged_by"]) == (1.0, "length")
     assert metrics["oracle_score"] is metrics["greedy_oracle_score"] is metrics["criteria"] is None
 
@@ -102,8 +106,8 @@ def test_without_oracle_one_judge_scores_both_models(evaluate, model):
 def test_with_neither_oracle_nor_judge_there_is_no_winner(evaluate, model):
     task = Task("toy", test_prompts=PROMPTS)
     _, before = evaluate(model(["a", "b"]), task)
-    metrics, _ = evaluate(model(["c", "d"]), task, previous=("M1", before))
-    assert metrics["win_rate"] is metrics["judged_by"] is metrics["judge_score"] is None
+    metrics, _ = evaluate(model(["c", "d"]), task, opponents={"M1": before})
+    assert metrics["win_rates"] is metrics["judged_by"] is metrics["judge_score"] is None
     assert metrics["mean_length"] == 1.0
 
 

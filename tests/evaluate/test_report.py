@@ -119,7 +119,15 @@ def test_answers_stand_side_by_side(run_dir):
 
 def test_spa_report_without_votes_or_oracle(run_dir, summary):
     unknown = dict.fromkeys(
-        ("oracle_score", "oracle_se", "criteria", "greedy_oracle_score", "judge", "win_rate", "eft")
+        (
+            "oracle_score",
+            "oracle_se",
+            "criteria",
+            "greedy_oracle_score",
+            "judge",
+            "win_rates",
+            "eft",
+        )
     )
     summary["models"] = [m | unknown | {"preference_accuracy": 0.6} for m in summary["models"]]
     (run_dir / "summary.json").write_text(json.dumps(summary))

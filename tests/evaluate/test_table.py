@@ -17,7 +17,8 @@ def test_table_has_models_as_columns_and_the_asked_measures_as_rows(summary):
     cells = [cell.strip() for cell in row_of(text, "oracle score (0 to 5) ± se") if cell]
     assert cells == ["3.91 ± 0.04", "4.00 ± 0.04", "4.50 ± 0.04", "4.77 ± 0.04"]
     for label in (
-        "relevant", "substantial", "answers", "well formed", "exactly right", "win/tie/lose",
+        "relevant", "substantial", "answers", "well formed", "exactly right",
+        "win/tie/lose against M1",
         "judge: pairs right", "exact match", "Spearman", "Kendall tau", "EFT", "mean length",
         "pairs kept", "dropped in the round: tie", "dropped in the round: duplicate",
         "dropped EFT groups: order disagrees",
@@ -44,7 +45,8 @@ def test_models_that_do_not_fit_continue_in_a_further_block(summary):
 def test_a_value_one_model_lacks_is_a_dash_and_a_measure_all_lack_is_left_out(summary):
     rows = dict(result_rows(summary["models"]))
     assert rows["pairs kept"] == ["-", "-", "188", "188"]
-    assert rows["win/tie/lose"] == ["-", "54%/29%/17%", "54%/29%/17%", "54%/29%/17%"]
+    assert rows["win/tie/lose against SFT"] == ["-", *["54%/29%/17%"] * 3]
+    assert rows["win/tie/lose against M2"] == ["-", "-", "-", "54%/29%/17%"]
     assert rows["EFT: ranked groups kept/judged"] == ["-", "51/300", "-", "-"]
     assert "held-out preference accuracy" not in rows
     assert not any("own judge's" in label for label in rows)

@@ -44,7 +44,7 @@ def test_spa_on_preference_rows(model: Path, tmp_path: Path) -> None:
     models = json.loads((out / "summary.json").read_text())["models"]
     assert [m["name"] for m in models] == ["SFT", "DPO", "SPA1"]
     assert models[0]["preference_accuracy"] == 0.5, "pi_init against itself: all ties"
-    assert all(m["oracle_score"] is None and m["win_rate"] is None for m in models)
+    assert all(m["oracle_score"] is None and m["win_rates"] is None for m in models)
     metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     evaluated = {row["stage"]: row["step"] for row in metrics if "eval_rewards/accuracies" in row}
     steps = {f"train/{m['name']}": m["training"]["steps"] for m in models if m["training"]}

@@ -75,7 +75,8 @@ class Config:
         check_srlm(self)
         require(
             self.pairs.gold_replay == 0 or (self.method == "spa" and not self.spa.no_seed),
-            "pairs.gold_replay needs gold pairs, which only method spa has, by its seed; set it to 0",
+            "pairs.gold_replay needs gold pairs, which only method spa has, in its seed;"
+            " set it to 0",
         )
         self._check_consistency()
 

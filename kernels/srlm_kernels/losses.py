@@ -39,7 +39,14 @@ def _smoothed(x: Tensor, smoothing: float | Tensor) -> Tensor:
     # Two log-sigmoids rather than ls(x) and x: the gradient stays exact for smoothing 1 as well.
     if isinstance(smoothing, (int, float)) and smoothing == 0:
         return -logsigmoid(x)
-    return -(1 - smoothing) * logsigmoid(x) - smoothing * logsigmoid(-x)
+    return _weighted(-logsigmoid(x), 1 - smoothing) + _weighted(-logsigmoid(-x), smoothing)
+
+
+def _weighted(loss: Tensor, weight: float | Tensor) -> Tensor:
+    """weight * loss; an infinite loss of weight 0, that of an impossible response, is no loss."""
+    if isinstance(weight, Tensor):
+        return (weight * loss).masked_fill(weight == 0, 0)
+    return weight * loss if weight else torch.zeros_like(loss)
 
 
 @dataclass(frozen=True)

@@ -263,6 +263,25 @@ def test_sigmoid_losses_are_stable_and_do_not_cancel_far_out(x, e):
     assert chosen.grad.item() == pytest.approx(slope, rel=1e-5, abs=2e-38)
 
 
+@pytest.mark.parametrize("per_pair", [False, True])
+@pytest.mark.parametrize(("label_smoothing", "which"), [(0.0, "rejected"), (1.0, "chosen")])
+def test_an_infinite_loss_of_weight_zero_is_no_loss(label_smoothing, which, per_pair):
+    """Regression: 0 * inf, where the response that should be unlikely is impossible."""
+    zero, impossible = torch.zeros(1), torch.tensor([-math.inf])
+    sums = {name: zero.clone().requires_grad_() for name in ("chosen", "rejected")}
+    sums[which] = impossible.clone().requires_grad_()
+    s = PairLogps(*sums.values(), *[zero] * 4, zero + 1, zero + 1)
+    if per_pair:
+        values = losses.dpo(BETA)(s, label_smoothing=torch.tensor([label_smoothing]))
+    else:
+        values = losses.dpo(BETA, label_smoothing)(s)
+    assert values.tolist() == [0.0]
+    assert not any(x.any() for x in torch.autograd.grad(values.sum(), list(sums.values())))
+    if which == "rejected":
+        assert losses.spa(BETA, 0.0, math.inf)(s).tolist() == [0.0]
+        assert losses.spa(BETA, 0.3, -1.0)(s).tolist() == [0.0]
+
+
 def test_empty_responses_do_not_divide_by_zero(trainable):
     none = torch.zeros_like(trainable.chosen)
     empty = dataclasses.replace(

@@ -20,7 +20,7 @@ from srlm_kernels import native
 from srlm_kernels.backends import row_backend
 
 REQUIRED = ("torch", "triton", "transformers", "tokenizers", "safetensors", "numpy")
-OPS = ("linear_logp", "linear_preference_loss")
+OPS = ("linear_logp", "linear_preference_loss", "prefix_attention")
 SAMPLER_OPS = "tree_attention, kv_write, sample"
 # extra of pyproject.toml: (distribution, the module whose import shows that it works)
 OPTIONAL = {
@@ -108,8 +108,11 @@ def _device() -> dict[str, str]:
 
 def _ops() -> dict[str, str]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    hidden = torch.zeros(4, 8, device=device)
-    found = {op: srlm_kernels.explain(op, hidden=hidden).removeprefix(f"{op}: ") for op in OPS}
+    hidden, query = torch.zeros(4, 8, device=device), torch.zeros(4, 1, 64, device=device)
+    found = {}
+    for op in OPS:
+        given = {"query": query} if op == "prefix_attention" else {"hidden": hidden}
+        found[op] = srlm_kernels.explain(op, **given).removeprefix(f"{op}: ")
     return found | {SAMPLER_OPS: sampler_backend()}
 
 

@@ -1,11 +1,12 @@
 """Fast ops for preference training on torch alone: no models, no data, no loops.
 
-Ops: `linear_logp`, `linear_preference_loss`, `sample`. `losses`: what `linear_preference_loss`
-accepts as `loss_fn`. `explain`: which implementation of an op runs here.
+Ops with an LM head: `linear_logp`, `linear_preference_loss`; `losses` are what the latter takes as
+`loss_fn`. For training: `prefix_attention`. For sampling: `tree_attention`, `merge_states`,
+`kv_write`, `sample`, `invariant_linear`. `explain`: which implementation of an op runs here.
 """
 
 from srlm_kernels import losses
-from srlm_kernels.dispatch import explain
+from srlm_kernels.explanation import explain
 from srlm_kernels.invariant_linear import invariant_linear
 from srlm_kernels.kv_write import kv_write
 from srlm_kernels.linear_logp import LinearLogp, linear_logp

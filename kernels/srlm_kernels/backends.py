@@ -17,26 +17,37 @@ _NATIVE = {
     "tree_attention": "native_attention",
     "sample": "native_sample",
 }
-_NOT_IN_CPP = {"merge_states"}  # tree_attention_cpp merges by itself
+# What an op lacks, and why.
+_LACKS = {
+    ("merge_states", "cpp"): "in C++ it is a part of tree_attention",
+    ("invariant_linear", "triton"): "it is for CPUs",
+}
 
 
-def row_backend(impl: str, logits: Tensor) -> str:
-    """What `impl` stands for where `logits` is: torch, cpp or triton.
+def best_backend(logits: Tensor) -> str:
+    """What "auto" would take where `logits` is, if that can run."""
+    return "triton" if logits.is_cuda else "cpp"
+
+
+def row_backend(impl: str, logits: Tensor, op: str = "") -> str:
+    """What `impl` of `op` stands for where `logits` is: torch, cpp or triton.
 
     Raises ValueError when a named implementation cannot run here.
     """
     if impl == "auto":
-        best = "triton" if logits.is_cuda else "cpp"
-        return best if refusal(best, logits) is None else "torch"
+        best = best_backend(logits)
+        return best if refusal(best, logits, op) is None else "torch"
     if impl not in _SUFFIX:
         raise ValueError(f"no kernels with impl={impl!r}; known: auto, {', '.join(_SUFFIX)}")
-    if reason := refusal(impl, logits):
+    if reason := refusal(impl, logits, op):
         raise ValueError(f"impl={impl!r} cannot run here: {reason}")
     return impl
 
 
-def refusal(name: str, logits: Tensor) -> str | None:
-    """Why the kernels called `name` cannot take `logits`; None: they can."""
+def refusal(name: str, logits: Tensor, op: str = "") -> str | None:
+    """Why the kernels called `name` cannot take `logits`, or have no `op`; None: they can."""
+    if (op, name) in _LACKS:
+        return _LACKS[op, name]
     if name == "torch":
         return None
     if logits.dtype == torch.float64:
@@ -55,7 +66,11 @@ def refusal(name: str, logits: Tensor) -> str | None:
         return f"the C++ kernels run on the CPU, not on {logits.device.type}"
     if logits.dtype not in (torch.float32, torch.bfloat16):
         return f"the C++ kernels take float32 and bfloat16, not {logits.dtype}"
-    return None if native.available() else native.why()
+    if not native.available():
+        return native.why()
+    if op == "invariant_linear" and not native.has(op):
+        return "it was built without AVX-512, where a BLAS is faster"
+    return None
 
 
 @functools.cache
@@ -72,9 +87,4 @@ def row_kernel(op: str, impl: str, logits: Tensor) -> Callable[..., Any]:
 
     Raises ValueError when a named implementation cannot run here.
     """
-    backend = row_backend(impl, logits)
-    if backend == "cpp" and op in _NOT_IN_CPP:
-        if impl == "cpp":
-            raise ValueError(f"{op} has no impl='cpp'")
-        backend = "torch"
-    return _function(op, backend)
+    return _function(op, row_backend(impl, logits, op))

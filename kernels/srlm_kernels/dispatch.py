@@ -8,8 +8,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from srlm_kernels.backends import row_backend
-
 
 @dataclass(frozen=True)
 class Need:
@@ -103,19 +101,19 @@ _TABLE: dict[str, dict[str, Implementation]] = {
 
 
 def implementations(op: str) -> tuple[str, ...]:
-    """The names that `impl` of `op` can take beside "auto", best first.
-
-    Raises ValueError for an unknown op.
-    """
-    if op not in _TABLE:
-        raise ValueError(f"unknown op {op!r}; known: {', '.join(_TABLE)}")
+    """The names that `impl` of an op with a head can take beside "auto", best first."""
     return tuple(_TABLE[op])
+
+
+def description(op: str, name: str) -> str:
+    """What an implementation is."""
+    return _TABLE[op][name].what
 
 
 def choose(op: str, impl: str, need: Need) -> str:
     """The name of the implementation that `impl` (a name or "auto") stands for here.
 
-    Raises ValueError for an unknown op or implementation, or one that cannot serve the call.
+    Raises ValueError for an unknown implementation, or one that cannot serve the call.
     """
     known = implementations(op)
     if impl != "auto":
@@ -124,32 +122,10 @@ def choose(op: str, impl: str, need: Need) -> str:
         if reason := _TABLE[op][impl].refuses(need):
             raise ValueError(f"{op} cannot run with impl={impl!r} here: {reason}")
         return impl
-    return next(name for name in known if _passed_over(op, name, need) is None)
+    return next(name for name in known if passed_over(op, name, need) is None)
 
 
-def _passed_over(op: str, name: str, need: Need) -> str | None:
+def passed_over(op: str, name: str, need: Need) -> str | None:
+    """Why "auto" does not take the implementation called `name`; None: it would."""
     entry = _TABLE[op][name]
     return entry.yields(need) or entry.refuses(need)
-
-
-def explain(op: str, **tensors: Tensor | None) -> str:
-    """One line that says which implementation of `op` runs here, and why.
-
-    `tensors`: any of the op's tensor arguments by name; their device, dtype and shape are shown,
-    and those of policy and reference decide. Raises ValueError for an unknown op.
-    """
-    known = implementations(op)
-    hidden, weight, bias = (tensors.get(name) for name in ("hidden", "weight", "bias"))
-    need = Need(hidden, weight, bias, tensors.get("ref_hidden"), tensors.get("ref_weight"))
-    name = choose(op, "auto", need)
-    why = [_TABLE[op][name].what]
-    if name == "chunked":
-        like = torch.empty(0, dtype=need.dtype, device=need.device)
-        why.append(f"row kernels: {row_backend('auto', like)}")
-    why += [f"not {n}: {_passed_over(op, n, need)}" for n in known[: known.index(name)]]
-    seen = ", ".join(
-        f"{key} {str(t.dtype).removeprefix('torch.')} {list(t.shape)} on {t.device}"
-        for key, t in tensors.items()
-        if t is not None
-    )
-    return f"{op}: {name} ({'; '.join(why)})" + (f" for {seen}" if seen else "")

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from srlm_kernels import native
 from srlm_kernels.backends import refusal
 from srlm_kernels.native_linear import invariant_linear_cpp
 
@@ -58,9 +57,7 @@ def invariant_linear(
 
 @functools.cache  # a decoding step has many calls of a few microseconds
 def _chosen(impl: str, dtype: torch.dtype, device: torch.device) -> Callable[..., Tensor]:
-    reason = refusal("cpp", torch.empty(0, dtype=dtype, device=device))
-    if reason is None and not native.has("invariant_linear"):
-        reason = "it was built without AVX-512, where a BLAS is faster"
+    reason = refusal("cpp", torch.empty(0, dtype=dtype, device=device), "invariant_linear")
     if impl == "auto":
         impl = "cpp" if reason is None else "torch"
     if impl not in ("torch", "cpp"):

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from srlm_fast.errors import UserError
 from srlm_fast.sampler.params import SamplingParams
 from srlm_fast.sampler.plan import PlanBuilder, decode_items
 from srlm_fast.sampler.rows import Row
@@ -126,10 +127,19 @@ def draw_step(state: State, logits: Tensor, rules: Rules, impl: str = "auto") ->
 
 
 def harvest(rows: Sequence[Row], state: State) -> int:
-    """Appends what the steps drew to the rows, marks those that ended, and counts the tokens."""
+    """Appends what the steps drew to the rows, marks those that ended, and counts the tokens.
+
+    Raises UserError where a row had nothing to draw from.
+    """
     tokens = state.tokens_out.T.tolist()
-    numbers = state.numbers_out.permute(2, 0, 1).tolist()
-    counts = state.alive_out.sum(0).tolist()
+    kept, drew = state.numbers_out.cpu(), state.alive_out.cpu()
+    if bool((kept[:, 2].isnan() & drew).any()):
+        raise UserError(
+            "a row had no token to draw: the model's logits are not finite, as after a training"
+            " that diverged, or logit_bias and min_tokens leave none; check those"
+        )
+    numbers = kept.permute(2, 0, 1).tolist()
+    counts = drew.sum(0).tolist()
     alive = state.alive.tolist()
     for i, row in enumerate(rows):
         row.tokens += tokens[i][: counts[i]]

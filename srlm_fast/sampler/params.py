@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
@@ -27,7 +28,7 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
-    logit_bias: Mapping[int, float] | None = field(default=None, hash=False)
+    logit_bias: Mapping[int, float] | None = field(default=None, hash=False)  # -inf bans a token
 
     def __post_init__(self) -> None:
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
@@ -35,13 +36,16 @@ class SamplingParams:
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
         for ok, rule in (
             (self.n >= 1, f"n must be at least 1, not {self.n}"),
-            (self.temperature >= 0, f"temperature must not be negative, but is {self.temperature}"),
+            (
+                0 <= self.temperature < math.inf,
+                f"temperature must be finite and not negative, but is {self.temperature}",
+            ),
             (0 < self.top_p <= 1, f"top_p must be in (0, 1], not {self.top_p}"),
             (self.top_k >= -1, f"top_k must be 0 (off) or positive, not {self.top_k}"),
             (0 <= self.min_p <= 1, f"min_p must be in [0, 1], not {self.min_p}"),
             (
-                self.repetition_penalty > 0,
-                f"repetition_penalty must be positive, not {self.repetition_penalty}",
+                0 < self.repetition_penalty < math.inf,
+                f"repetition_penalty must be positive and finite, not {self.repetition_penalty}",
             ),
             (self.max_tokens >= 1, f"max_tokens must be at least 1, not {self.max_tokens}"),
             (
@@ -49,6 +53,10 @@ class SamplingParams:
                 f"min_tokens must be in [0, {self.max_tokens}], not {self.min_tokens}",
             ),
             (all(stop), "a stop string must not be empty"),
+            (
+                all(bias < math.inf for bias in (self.logit_bias or {}).values()),
+                f"logit_bias must be finite, or -inf to ban a token, but is {self.logit_bias}",
+            ),
         ):
             if not ok:
                 raise ValueError(rule)

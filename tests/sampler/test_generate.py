@@ -184,6 +184,34 @@ def test_diverged_weights_are_named(make_model: Callable[..., Any]) -> None:
         Sampler(model)
 
 
+@pytest.mark.parametrize("impl", ["auto", "reference", "fallback"])
+def test_weights_that_diverge_between_calls_are_named(
+    impl: str, make_model: Callable[..., Any], prompts: Prompts
+) -> None:
+    """Regression: rows of NaN drew token 0, and their text went on to the judge."""
+    model = make_model()
+    sampler, params = Sampler(model, impl=impl), SamplingParams(n=2, max_tokens=4)
+    expected = sampler.generate(prompts, params)
+    weight = model.model.norm.weight.detach().clone()
+    with torch.no_grad():
+        model.model.norm.weight.fill_(torch.nan)
+    with pytest.raises(UserError, match="a row had no token to draw"):
+        sampler.generate(prompts, params)
+    with torch.no_grad():
+        model.model.norm.weight.copy_(weight)
+    assert tokens(sampler.generate(prompts, params)) == tokens(expected)
+
+
+def test_a_bias_that_bans_every_token_is_named(model: Any) -> None:
+    nothing = SamplingParams(logit_bias=dict.fromkeys(range(96), -float("inf")))
+    with pytest.raises(UserError, match="logit_bias and min_tokens leave none"):
+        Sampler(model).generate([[5]], nothing)
+    (out,) = Sampler(model).generate(
+        [[5]], SamplingParams(n=9, logit_bias=dict.fromkeys(range(95), -float("inf")))
+    )
+    assert {token for row in out.outputs for token in row.token_ids} == {95}
+
+
 def test_bfloat16_weights(make_model: Callable[..., Any], prompts: Prompts) -> None:
     model = make_model().to(torch.bfloat16)
     rows = completions(Sampler(model).generate(prompts, SamplingParams(n=2, max_tokens=8)))

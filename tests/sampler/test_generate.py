@@ -73,6 +73,17 @@ def test_logprobs_equal_a_training_forward(model: Any, prompts: Prompts) -> None
             assert len(row.sample_logprobs) == len(row.kept_mass) == len(row.token_ids)
 
 
+@pytest.mark.parametrize("options", [{"top_k": 4}, {"top_p": 0.7}, {"min_p": 0.1}, {}], ids=str)
+def test_kept_mass_joins_the_two_logprobs(
+    options: dict[str, Any], model: Any, prompts: Prompts
+) -> None:
+    params = SamplingParams(n=3, max_tokens=9, **options)
+    for row in completions(Sampler(model).generate(prompts, params)):
+        raw, sampled, kept = map(torch.tensor, (row.logprobs, row.sample_logprobs, row.kept_mass))
+        torch.testing.assert_close(sampled - raw, -kept.log(), atol=1e-5, rtol=0)
+        assert (kept < 1).any() if options else (kept == 1).all()
+
+
 def test_eos_is_kept_and_ends_the_row(model: Any, prompts: Prompts) -> None:
     params = SamplingParams(n=8, max_tokens=12, logit_bias={2: 3.0})
     rows = completions(Sampler(model).generate(prompts, params))

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from srlm_fast.sampler import Sampler, SamplingParams
-from srlm_fast.sampler.decode import decode_step
+from srlm_fast.sampler.decode import STEPS, decode_step
 from srlm_fast.sampler.graphs import StepGraphs, bucket, round_up
 from srlm_fast.sampler.paged import PagedEngine
 
@@ -17,21 +17,29 @@ def test_sizes() -> None:
     assert [round_up(n) for n in (0, 1, 2, 3, 64, 65)] == [0, 1, 2, 4, 64, 128]
 
 
-def generate(sampler: Sampler, count: int) -> list[list[int]]:
-    params = SamplingParams(n=count, max_tokens=21, top_p=0.9, repetition_penalty=1.1)
-    prompts = [[5, 6, 7] * 30, [9]]
-    return [row.token_ids for out in sampler.generate(prompts, params) for row in out.outputs]
+def generate(sampler: Sampler, rows: int) -> list[list[int]]:
+    """That many rows, all but one of a long prompt; some end early."""
+    prompts = [[5, 6, 7] * 30, [9]][-min(rows, 2) :]
+    params = [
+        SamplingParams(n=n, max_tokens=21, top_p=0.9, repetition_penalty=1.1)
+        for n in ([rows - 1, 1] if rows > 1 else [1])
+    ]
+    outputs = sampler.generate(prompts, params)
+    found = [row.token_ids for output in outputs for row in output.outputs]
+    assert len(found) == rows
+    return found
 
 
-# Two prompts: rows one below a bucket, in it, and one above.
-@pytest.mark.parametrize("count", [4, 8, 9])
+# One below a bucket, in it, and one above.
+@pytest.mark.parametrize("rows", [7, 8, 9])
 def test_padded_steps_draw_the_same_tokens(
-    count: int, make_model: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    rows: int, make_model: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    expected = generate(Sampler(make_model(), impl="reference"), count)
+    expected = generate(Sampler(make_model(), impl="reference"), rows)
+    bursts = []
 
     def padded(self: StepGraphs, state: Any, plan: Any, rules: Any, steps: int) -> Any:
-        assert len(state.token) == bucket(len(state.token))
+        bursts.append(len(state.token))
         assert len(plan.pages) == round_up(len(plan.pages))
         for _ in range(steps):
             decode_step(self._runner, state, plan, rules)
@@ -39,21 +47,59 @@ def test_padded_steps_draw_the_same_tokens(
 
     monkeypatch.setattr(StepGraphs, "run", padded)
     monkeypatch.setattr(PagedEngine, "_plain_steps", PagedEngine._recorded_steps)
-    assert generate(Sampler(make_model(), impl="reference"), count) == expected
+    assert generate(Sampler(make_model(), impl="reference"), rows) == expected
+    assert bursts[0] == bucket(rows)
+    assert all(size == bucket(size) for size in bursts)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("count", [3, 4, 5, 16, 17])
+@pytest.mark.parametrize("rows", [1, 2, 7, 8, 9, 31, 32, 33])
 def test_graphs_draw_the_same_tokens(
-    count: int, make_model: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    rows: int, make_model: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = make_model().cuda()
     sampler = Sampler(model)
-    with_graphs = generate(sampler, count)
+    with_graphs = generate(sampler, rows)
     assert sampler._engine.graphs._graphs, "nothing was recorded"
-    again = generate(sampler, count)
+    again = generate(sampler, rows)
     monkeypatch.setattr(StepGraphs, "_find", lambda *_: None)
-    assert generate(Sampler(model), count) == with_graphs == again
+    assert generate(Sampler(model), rows) == with_graphs == again
+
+
+@pytest.mark.gpu
+def test_nothing_waits_for_the_device_within_a_burst(
+    make_model: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once a graph is recorded: steps follow each other without the host."""
+    sampler, run, bursts = Sampler(make_model().cuda()), StepGraphs.run, []
+    expected = generate(sampler, 9)
+
+    def watched(self: StepGraphs, *arguments: Any) -> Any:
+        bursts.append(arguments[-1])
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            return run(self, *arguments)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    monkeypatch.setattr(StepGraphs, "run", watched)
+    assert generate(sampler, 9) == expected
+    assert max(bursts) == STEPS
+
+
+@pytest.mark.gpu
+def test_rows_that_are_preempted_draw_the_same_tokens_through_graphs(
+    make_model: Callable[..., Any],
+) -> None:
+    model = make_model(max_position_embeddings=1024).cuda()
+    params = SamplingParams(n=4, max_tokens=300, ignore_eos=True, seed=1)
+    prompts = [[5, 6, 7] * 30, [5, 6, 7] * 22, [9]]
+    roomy, small = Sampler(model, batch_tokens=64 * 400), Sampler(model, batch_tokens=64 * 20)
+    expected, found = (sampler.generate(prompts, params) for sampler in (roomy, small))
+    assert small._engine.preemptions > 0
+    small._engine.check()
+    for ours, theirs in zip(found, expected, strict=True):
+        assert [c.token_ids for c in ours.outputs] == [c.token_ids for c in theirs.outputs]
 
 
 @pytest.mark.gpu

@@ -15,6 +15,7 @@ FILES = (
     "test_row_stats_triton.py",
     "test_logits_grad_triton.py",
     "test_pair_grad_triton.py",
+    "test_preference_pass_triton.py",
     "test_linear_logp_tiled.py",
     "test_tree_attention_triton.py",
     "test_merge_states_triton.py",

@@ -10,7 +10,10 @@ from srlm_kernels import linear_logp, native
 pytestmark = pytest.mark.usefixtures("implementation")
 
 # Few rows: the vocabulary is what is tested.
-LARGE = [(33, 64, 32003), (17, 64, 50257), (5, 32, 151936), (3, 32, 152064), (3, 16, 262144)]
+LARGE = [
+    *((33, 64, 32003), (17, 64, 50257), (3, 16, 128256), (5, 32, 151936), (3, 32, 152064)),
+    *((3, 16, 256000), (3, 16, 262144)),
+]
 # Around the widths of tiles: 2048 columns of fp32 on the CPU, 32 in the small chunks.
 EDGES = [1, 2, 31, 32, 33, 63, 64, 65, 97, 2039, 2047, 2048, 2049, 4095, 4096, 4097]
 
@@ -64,7 +67,9 @@ def test_vocabularies_around_the_edges_of_tiles(problem, columns, check):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "shape", [(257, 192, 32003), (129, 896, 151936)], ids=lambda s: "N{}-D{}-V{}".format(*s)
+    "shape",
+    [(257, 192, 32003), (333, 576, 50257), (129, 896, 151936)],
+    ids=lambda s: "N{}-D{}-V{}".format(*s),
 )
 @pytest.mark.parametrize("implementation", ["chunked"], indirect=True)
 def test_shapes_of_real_models(problem, shape, check):

@@ -85,6 +85,80 @@ def test_ten_repeats_are_equal_bit_for_bit() -> None:
         assert all(map(torch.equal, step(chunk_rows=256, **arguments), first))
 
 
+def test_other_streams_at_work_change_no_bit() -> None:
+    arguments = tensors(700, 128, 32003, torch.bfloat16)
+    arguments["rows"] = torch.arange(700, device="cuda") % 9
+    arguments["cu_seqlens"] = torch.tensor([0, 300, 500, 600, 700])
+    first = step(chunk_rows=256, **arguments)
+    busy, own = torch.cuda.Stream(), torch.cuda.Stream()
+    noise = torch.randn(2048, 2048, device="cuda")
+    for cycles in (0, 10**5, 10**7):
+        busy.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(busy):
+            torch.cuda._sleep(cycles)
+            for _ in range(20):
+                noise = (noise @ noise).tanh()
+        beside = step(chunk_rows=256, **arguments)
+        own.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(own):
+            elsewhere = step(chunk_rows=256, **arguments)
+        torch.cuda.synchronize()
+        for found in (beside, elsewhere):
+            assert all(map(torch.equal, found, first))
+
+
+def test_compiled_it_is_eager_bit_for_bit() -> None:
+    arguments = tensors(129, 96, 5021, torch.bfloat16)
+    arguments["cu_seqlens"] = torch.tensor([0, 31, 60, 60, 129])
+    expected = step(**arguments)
+    torch._dynamo.reset()
+
+    def call(**given: object) -> tuple[Tensor, Tensor, Tensor]:
+        out = linear_preference_loss(loss_fn=SPA, extrapolation=0.5, impl="chunked", **given)
+        return out.loss, out.margins, out.token_logp
+
+    found = torch.compile(call, fullgraph=True, backend="aot_eager")(**arguments)
+    grads = torch.autograd.grad(found[0], (arguments["hidden"], arguments["weight"]))
+    assert all(map(torch.equal, [*found, *grads], expected))
+
+
+# Of a 7B and an 8B model.
+@pytest.mark.parametrize("shape", [(1937, 3584, 152064), (8192, 4096, 128256)], ids=str)
+def test_shapes_of_real_models_against_float64(shape: tuple[int, int, int]) -> None:
+    """All log-probabilities, dX of 64 rows, and dW along a random direction."""
+    rows, width, columns = shape
+    if torch.cuda.get_device_properties(0).total_memory < 60e9:
+        pytest.skip("needs 60 GB")
+    check_large_shape(tensors(rows, width, columns, torch.bfloat16))
+
+
+def check_large_shape(arguments: dict[str, Tensor]) -> None:
+    rows = len(arguments["target"])
+    cu = torch.tensor([0, rows // 3, rows // 2, rows - 100, rows])
+    _, margins, token_logp, grad_hidden, grad_weight = step(
+        losses.dpo(0.1), cu_seqlens=cu, logits_dtype=torch.float32, **arguments
+    )
+    slope = -0.1 * (-0.1 * margins.double()).sigmoid() / 2
+    lengths = cu.diff().to(slope.device)
+    slopes = torch.stack([slope, -slope], 1).flatten().repeat_interleave(lengths)
+    hidden, weight = (arguments[name].detach().double() for name in ("hidden", "weight"))
+    direction = torch.randn(hidden.shape[1], device=hidden.device, dtype=torch.float64)
+    along = torch.zeros(len(weight), dtype=torch.float64, device=hidden.device)
+    for some in torch.arange(rows, device=hidden.device).split(512):
+        target = arguments["target"][some, None]
+        logp = (hidden[some] @ weight.T).log_softmax(1)
+        found = token_logp[some].double()
+        torch.testing.assert_close(found, logp.gather(1, target)[:, 0], atol=3e-5, rtol=0)
+        dz = -logp.exp_()
+        dz.scatter_add_(1, target, torch.ones_like(target, dtype=torch.float64))
+        dz *= slopes[some, None]
+        along += dz.T @ (hidden[some] @ direction)
+        seen = slice(0, None, max(1, rows // 64))
+        dx = dz[seen] @ weight
+        assert (grad_hidden[some][seen] - dx).norm() <= 2.5e-3 * dx.norm()
+    assert (grad_weight.double() @ direction - along).norm() <= 2.5e-3 * along.norm()
+
+
 def test_equal_models_have_margins_of_zero_bit_for_bit() -> None:
     arguments = tensors(700, 128, 32003, torch.bfloat16)
     arguments |= {f"ref_{name}": arguments[name].detach().clone() for name in ("hidden", "weight")}

@@ -52,6 +52,39 @@ def test_sums_of_products_are_wide(dtype):
     assert torch.equal(total, 3 * (a.double() @ b.double()).to(total.dtype))
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [BF16, FP16])
+def test_on_a_gpu_products_of_half_operands_are_fp32(dtype):
+    """In the layouts of a chunk: a tile of padded rows, gradients in the first half of each, a part
+    of the head's gradient."""
+    g = torch.Generator("cuda").manual_seed(0)
+    rows, width, columns = 37, 64, 100
+    x, w, d = (
+        torch.randn(*size, generator=g, device="cuda").to(dtype)
+        for size in ((rows, width), (columns, width), (rows, columns))
+    )
+    memory = torch.full((rows, 128), torch.nan, device="cuda")
+    z = memory[:, :columns]
+    assert product(x, w.T, z) is z
+
+    def assert_exact(found, truth):
+        assert found.dtype == FP32
+        assert (found - truth).abs().max() <= 1e-6 * truth.abs().max()
+
+    assert_exact(z, x.double() @ w.double().T)
+    assert memory[:, columns:].isnan().all()
+    dz = z.view(dtype)[:, :columns]
+    dz.copy_(d)
+    grad_x = torch.full((rows, width), torch.nan, device="cuda")
+    grad_w = torch.full((columns + 8, width), torch.nan, device="cuda")
+    for first in (True, False):
+        add_product(grad_x, dz, w, first=first)
+        add_product(grad_w[4:-4], dz.T, x, first=first)
+    assert_exact(grad_x, 2 * d.double() @ w.double())
+    assert_exact(grad_w[4:-4], 2 * d.double().T @ x.double())
+    assert grad_w[:4].isnan().all() and grad_w[-4:].isnan().all()
+
+
 def test_which_dtypes_a_device_gives():
     half, single, double = (torch.zeros(1, 1, dtype=d) for d in (BF16, FP32, FP64))
     assert rounds_products(BF16, CPU) and rounds_products(FP16, CPU)

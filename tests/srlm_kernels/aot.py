@@ -43,6 +43,8 @@ from srlm_kernels.tree_attention import TreePlan
 from srlm_kernels.tree_attention_triton import partial_states
 
 SHARED_MEMORY = {80: 166912, 90: 232448, 100: 232448}  # bytes that one program may have
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+HALVES = DTYPES[1:]
 TENSOR_CORES = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
 DESCRIPTOR_LOAD, SPILL = "UTMALDG", "STL"
 BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -85,7 +87,7 @@ def compiled_by(launch: Launch, arch: int) -> list[Any]:
 
 def row_stats_cases() -> Iterator[tuple[str, Launch]]:
     target, cpu = torch.zeros(32, dtype=torch.int64), torch.device("cpu")
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in DTYPES:
         logits, odd = torch.zeros(32, 4096, dtype=dtype), torch.zeros(32, 4097, dtype=dtype)
         both = {"ref_logits": logits}
         spa = {"ref_logits": logits, "extrapolation": 1}
@@ -107,7 +109,8 @@ def row_stats_cases() -> Iterator[tuple[str, Launch]]:
 
 def logits_grad_cases() -> Iterator[tuple[str, Launch]]:
     target, lse = torch.zeros(32, dtype=torch.int64), torch.zeros(32)
-    for dtype, grad_dtype in ((torch.float32, torch.bfloat16), (torch.bfloat16, torch.bfloat16)):
+    to_narrow = ((torch.float32, half) for half in HALVES)
+    for dtype, grad_dtype in (*((dtype, dtype) for dtype in DTYPES), *to_narrow):
         logits = torch.zeros(32, 4096, dtype=dtype)
         for what, options in (("", {}), (" capped", {"bias": logits[0], "softcap": 30.0})):
             yield (
@@ -136,7 +139,7 @@ def pair_grad_cases() -> Iterator[tuple[str, Launch]]:
 
 def linear_logp_cases() -> Iterator[tuple[str, Launch]]:
     target = torch.zeros(256, dtype=torch.int64)
-    for dtype in (torch.bfloat16, torch.float32):
+    for dtype in DTYPES:
         hidden, weight = torch.zeros(256, 256, dtype=dtype), torch.zeros(4096, 256, dtype=dtype)
         bias = torch.zeros(4096, dtype=dtype)
         for paired in (False, True):
@@ -158,8 +161,10 @@ def tree_attention_cases() -> Iterator[tuple[str, Launch]]:
     bf16 = product(
         [torch.bfloat16], [(64, 64), (128, 128), (256, 256), (192, 128), (80, 80)], [16, 128]
     )
+    between = product([torch.bfloat16], [(64, 64), (128, 128)], [32])
+    fp16 = product([torch.float16], [(128, 128)], [16, 128])
     fp32 = product([torch.float32], [(64, 64), (128, 128), (256, 256)], [16])  # one tile for all
-    for dtype, (key, value), rows in (*bf16, *fp32):
+    for dtype, (key, value), rows in (*bf16, *between, *fp16, *fp32):
         query = torch.zeros(128, 8, key, dtype=dtype)
         pages = [torch.zeros(4, 2, 64, width, dtype=dtype) for width in (key, value)]
         launches = ((rows // 4, 0, 2),)
@@ -178,24 +183,25 @@ def page_cases() -> Iterator[tuple[str, Launch]]:
     csr, slot = torch.zeros(17, dtype=torch.int32), torch.zeros(16, dtype=torch.int64)
     for heads, width in ((32, 128), (14, 64)):
         o, lse = torch.zeros(16, heads, width), torch.zeros(16, heads)
-        for sinks in (None, lse[0]):
+        for dtype in DTYPES:
+            for sinks in (None, lse[0]):
+                yield (
+                    f"merge_states {dtype} {heads} {width}{' sinks' * (sinks is not None)}",
+                    partial(merge_states_triton, o, lse, csr, csr, sinks=sinks, dtype=dtype),
+                )
+            key = torch.zeros(16, heads, width, dtype=dtype)
+            pages = torch.zeros(4, heads, 64, width, dtype=dtype)
             yield (
-                f"merge_states {heads} {width}{' sinks' * (sinks is not None)}",
-                partial(merge_states_triton, o, lse, csr, csr, sinks=sinks, dtype=torch.bfloat16),
+                f"kv_write {dtype} {heads} {width}",
+                partial(kv_write_triton, key, key, pages, pages, slot),
             )
-        key = torch.zeros(16, heads, width, dtype=torch.bfloat16)
-        pages = torch.zeros(4, heads, 64, width, dtype=torch.bfloat16)
-        yield (
-            f"kv_write {heads} {width}",
-            partial(kv_write_triton, key, key, pages, pages, slot),
-        )
 
 
 def sample_cases() -> Iterator[tuple[str, Launch]]:
     rows = 32
     seed, ones = torch.zeros(rows, dtype=torch.int64), torch.ones(rows)
     whole = ones.int()
-    for dtype, columns in product((torch.float32, torch.bfloat16), (32768, 50257)):
+    for dtype, columns in (*product(DTYPES[:2], (32768, 50257)), (torch.float16, 32768)):
         logits, seen = torch.zeros(rows, columns, dtype=dtype), torch.zeros(rows, columns).bool()
         given = {"bias": torch.zeros(columns), "seen": seen, "is_stop": seen[0]}
         every = SampleParams(ones, whole, ones, ones, ones, whole)
@@ -243,12 +249,12 @@ def problems(
         yield f"more than {max_spills} spills"
     if shared > SHARED_MEMORY[arch]:
         yield f"{shared} bytes of shared memory, the chip has {SHARED_MEMORY[arch]}"
-    if "linear_logp bfloat16" in name:
+    if re.match("linear_logp b?float16", name):
         if not number_of(TENSOR_CORES[arch], operations):
             yield f"no {TENSOR_CORES[arch]}"
         if arch >= 90 and not number_of(DESCRIPTOR_LOAD, operations):
             yield f"no {DESCRIPTOR_LOAD}"
-    if "tree_attention bfloat16" in name:
+    if re.match("tree_attention b?float16", name):
         if not number_of(TENSOR_CORES[arch], operations):
             yield f"no {TENSOR_CORES[arch]}"
         if narrow := {o for o in operations if re.fullmatch(r"LDGSTS.*(?<!\.128)", o)}:

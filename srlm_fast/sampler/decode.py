@@ -45,6 +45,7 @@ class State:
     first_page: Tensor  # [R] int64: which page of the row the first of these is
     params: SampleParams
     seen: Tensor | None  # [R, V] bool
+    allowed: Tensor | None  # [R, V] bool, the tokens that may be drawn in the first step
     cursor: Tensor  # [1] int64
     tokens_out: Tensor  # [K, R] int64
     alive_out: Tensor  # [K, R] bool: the row still was, when it drew this token
@@ -80,6 +81,7 @@ def start_state(
         first_page=first_page,
         params=sample_params(rows, count, device),
         seen=_seen(rows, count, vocab, device),
+        allowed=_allowed(rows, count, vocab, device),
         cursor=torch.zeros(1, dtype=torch.int64, device=device),
         tokens_out=torch.zeros(steps, count, dtype=torch.int64, device=device),
         alive_out=torch.zeros(steps, count, dtype=torch.bool, device=device),
@@ -109,11 +111,15 @@ def decode_step(runner: Runner, state: State, plan: TreePlan, rules: Rules) -> N
 
 def draw_step(state: State, logits: Tensor, rules: Rules, impl: str = "auto") -> None:
     """The part of a step after the logits [R, V]; `impl` is that of `sample`."""
+    masked = logits if state.allowed is None else logits.masked_fill(~state.allowed, -torch.inf)
     draw: Draw = sample(
-        logits, state.seed, state.step, state.params,
+        masked, state.seed, state.step, state.params,
         bias=rules.bias, seen=state.seen, is_stop=rules.is_stop, impl=impl,
     )  # fmt: skip
-    numbers = torch.stack([draw.logprob, draw.sample_logprob, draw.kept_mass])
+    logprob = draw.logprob
+    if state.allowed is not None:  # the model's own counts what was not allowed too
+        logprob = logits.log_softmax(-1).gather(1, draw.token[:, None])[:, 0]
+    numbers = torch.stack([logprob, draw.sample_logprob, draw.kept_mass])
     state.tokens_out.index_copy_(0, state.cursor, draw.token[None])
     state.alive_out.index_copy_(0, state.cursor, state.alive[None])
     state.numbers_out.index_copy_(0, state.cursor, numbers[None])
@@ -136,7 +142,7 @@ def harvest(rows: Sequence[Row], state: State) -> int:
     if bool((kept[:, 2].isnan() & drew).any()):
         raise UserError(
             "a row had no token to draw: the model's logits are not finite, as after a training"
-            " that diverged, or logit_bias and min_tokens leave none; check those"
+            " that diverged, or logit_bias, allowed and min_tokens leave none; check those"
         )
     numbers = kept.permute(2, 0, 1).tolist()
     counts = drew.sum(0).tolist()
@@ -169,6 +175,11 @@ def sample_params(rows: Sequence[Row], count: int, device: torch.device) -> Samp
     )
 
 
+def steps_of(rows: Sequence[Row], steps: int) -> int:
+    """Of a burst, `steps` at most: what is allowed is known for one step only."""
+    return 1 if any(row.params.allowed for row in rows) else steps
+
+
 def _page_table(rows: Sequence[Row], count: int) -> Tensor:
     width = 1 << max(len(row.pages) for row in rows).bit_length()  # more than any row has
     table = [[*row.pages, *[-1] * (width - len(row.pages))] for row in rows]
@@ -182,3 +193,20 @@ def _seen(rows: Sequence[Row], count: int, vocab: int, device: torch.device) -> 
     for mark, row in zip(seen, rows, strict=False):
         mark[[*row.prompt, *row.tokens]] = True
     return seen.to(device)
+
+
+def _allowed(rows: Sequence[Row], count: int, vocab: int, device: torch.device) -> Tensor | None:
+    if all(row.params.allowed is None for row in rows):
+        return None
+    allowed = torch.ones(count, vocab, dtype=torch.bool)
+    for mark, row in zip(allowed, rows, strict=False):
+        if row.params.allowed is None or row.ended:
+            continue
+        found = row.params.allowed(row.tokens)
+        if found.shape != (vocab,) or found.dtype != torch.bool:
+            raise UserError(
+                f"SamplingParams.allowed must return bool [{vocab}], got {found.dtype}"
+                f" {list(found.shape)}"
+            )
+        mark.copy_(found)
+    return allowed.to(device)

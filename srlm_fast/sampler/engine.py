@@ -80,7 +80,7 @@ class Sampler:
         """n candidates of each prompt, in order; a bar named `progress` unless that is empty.
 
         `params` may be a list, one for each prompt. Rows of different parameters run together,
-        unless their stop tokens or logit biases differ.
+        unless their stop tokens or logit biases differ, or only some have `allowed`.
 
         Raises UserError, before any work, for an empty prompt, one that does not fit the context
         or the KV memory together with max_tokens, or ids outside the vocabulary.
@@ -243,9 +243,10 @@ def _one_for_each(
 
 def _by_rules(rows: Iterable[Row]) -> list[list[Row]]:
     """Rows that may run together: the tokens that stop them and the bias on logits are one vector
-    for all."""
+    for all, and those that ask what is allowed would hold up others after every token."""
     batches: dict[Any, list[Row]] = {}
     for row in rows:
         bias = frozenset((row.params.logit_bias or {}).items())
-        batches.setdefault((row.stops.ids, bias), []).append(row)
+        asks = row.params.allowed is not None
+        batches.setdefault((row.stops.ids, bias, asks), []).append(row)
     return list(batches.values())

@@ -20,7 +20,7 @@ from srlm_fast.model.load import text_config
 from srlm_fast.model.phase import inference
 from srlm_fast.model.probe import moving_rope
 from srlm_fast.sampler.batching import max_rows
-from srlm_fast.sampler.decode import STEPS, Rules, draw_step, harvest, start_state
+from srlm_fast.sampler.decode import STEPS, Rules, draw_step, harvest, start_state, steps_of
 from srlm_fast.sampler.rows import Row
 from srlm_fast.sampler.scoring import Groups, Scores
 from srlm_kernels import linear_logp
@@ -92,10 +92,11 @@ class FallbackEngine:
     def _decode(self, rows: list[Row], rules: Rules) -> None:
         ids = torch.tensor([list(rows[0].prompt)] * len(rows), device=self.device)
         cache, hidden = self._prefill(ids)
+        steps = steps_of(rows, STEPS)
         while not all(row.ended for row in rows):
             # Rows that have ended stay in the batch, since the cache cannot let them go.
-            state = start_state(rows, STEPS, self.vocab, self.device)
-            for _ in range(STEPS):
+            state = start_state(rows, steps, self.vocab, self.device)
+            for _ in range(steps):
                 draw_step(state, self.head.logits(hidden), rules)
                 if not bool(state.alive.any()):
                     break

@@ -22,6 +22,7 @@ from srlm_fast.sampler.decode import (
     draw_step,
     harvest,
     start_state,
+    steps_of,
 )
 from srlm_fast.sampler.forest import Node, PrefixForest
 from srlm_fast.sampler.graphs import StepGraphs, bucket, round_up
@@ -160,7 +161,7 @@ class PagedEngine:
         if not rows:
             return
         left = max(row.params.max_tokens - len(row.tokens) for row in rows)
-        steps = min(self.steps, left)
+        steps = min(steps_of(rows, self.steps), left)
         run = self._recorded_steps if self.device.type == "cuda" else self._plain_steps
         drawn = harvest(rows, run(rows, rules, steps))
         if drawn == 0:

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
+
+from torch import Tensor
 
 
 @dataclass(frozen=True)
 class SamplingParams:
     """How to sample; every row draws from its own random stream.
 
-    Processing order: logit_bias, repetition_penalty, min_tokens, temperature, top_k, top_p, min_p.
-    Raises ValueError on impossible values.
+    Processing order: allowed, logit_bias, repetition_penalty, min_tokens, temperature, top_k,
+    top_p, min_p. Raises ValueError on impossible values.
+
+    `allowed`, for grammars and the like, is given the tokens that a row has drawn and says which
+    may come next, EOS among them: bool [V]. It is called for every token of every row, on the host.
     """
 
     n: int = 1  # candidates of each prompt
@@ -29,6 +34,7 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     logit_bias: Mapping[int, float] | None = field(default=None, hash=False)  # -inf bans a token
+    allowed: Callable[[Sequence[int]], Tensor] | None = None
 
     def __post_init__(self) -> None:
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
@@ -72,8 +78,8 @@ class Completion:
 
     Per token, as Python floats in nats: `logprobs` are the model's own (T = 1, unprocessed logits),
     `sample_logprobs` those of the distribution sampled from, and `kept_mass` is the probability
-    that top_k, top_p and min_p left, before renormalisation (at T = 1 without bias or penalty,
-    sample_logprob = logprob - log kept_mass).
+    that top_k, top_p and min_p left, before renormalisation (at T = 1 without bias, penalty or
+    `allowed`, sample_logprob = logprob - log kept_mass).
     """
 
     index: int

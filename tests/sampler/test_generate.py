@@ -215,7 +215,7 @@ def test_weights_that_diverge_between_calls_are_named(
 
 def test_a_bias_that_bans_every_token_is_named(model: Any) -> None:
     nothing = SamplingParams(logit_bias=dict.fromkeys(range(96), -float("inf")))
-    with pytest.raises(UserError, match="logit_bias and min_tokens leave none"):
+    with pytest.raises(UserError, match="logit_bias, allowed and min_tokens leave none"):
         Sampler(model).generate([[5]], nothing)
     (out,) = Sampler(model).generate(
         [[5]], SamplingParams(n=9, logit_bias=dict.fromkeys(range(95), -float("inf")))

@@ -9,14 +9,16 @@ from itertools import groupby
 
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from srlm_fast.config import JudgeConfig
-from srlm_fast.data.jsonl import read_rows
-from srlm_fast.data.records import user
-from srlm_fast.data.template import ChatTemplate
-from srlm_fast.judge.base import text_samples
-from srlm_fast.judge.prompted import PromptedJudge
-from srlm_fast.model.load import context_length
-from srlm_fast.sampler import Sampler
+from srlm_fast import (
+    ChatTemplate,
+    JudgeConfig,
+    PromptedJudge,
+    Sampler,
+    context_length,
+    read_rows,
+    text_samples,
+    user,
+)
 
 if len(sys.argv) != 3:
     sys.exit(__doc__)

@@ -7,7 +7,7 @@ import sys
 
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from srlm_fast.sampler import Sampler, SamplingParams
+from srlm_fast import Sampler, SamplingParams
 
 if len(sys.argv) not in (2, 3):
     sys.exit(__doc__)

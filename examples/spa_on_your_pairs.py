@@ -9,12 +9,14 @@ import sys
 
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from srlm_fast.config import PreferenceConfig
-from srlm_fast.data.readers import read_preferences
-from srlm_fast.data.records import Pair
-from srlm_fast.data.template import ChatTemplate
-from srlm_fast.train.noise import Refinement
-from srlm_fast.train.preference import train_preference
+from srlm_fast import (
+    ChatTemplate,
+    Pair,
+    PreferenceConfig,
+    Refinement,
+    read_preferences,
+    train_preference,
+)
 
 if len(sys.argv) != 4:
     sys.exit(__doc__)

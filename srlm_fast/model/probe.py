@@ -23,7 +23,8 @@ from srlm_fast.model.phase import inference
 
 _NAME = "srlm_probe"
 _TOKENS = 3
-_FORBIDDEN = {"position_bias", "indices", "block_indices", "sinks"}  # that change what is computed
+# Keywords of an attention function that change what is computed.
+CHANGING = {"position_bias", "indices", "block_indices", "sinks"}
 _ERRORS = (TypeError, ValueError, AttributeError, RuntimeError, KeyError, IndexError)
 
 
@@ -121,7 +122,7 @@ def _probe_attention(
         odd.append(f"layer {layer} makes a mask of its own")
     elif not _is_window(rule, sliding_window, _found.context):
         odd.append(f"the mask of layer {layer} is not its window ({sliding_window})")
-    if strange := {name for name in _FORBIDDEN if extra.get(name) is not None}:
+    if strange := {name for name in CHANGING if extra.get(name) is not None}:
         odd.append(f"layer {layer} attends with {', '.join(sorted(strange))}")
     return query.new_zeros(1, query.shape[2], query.shape[1], value.shape[3]), None
 

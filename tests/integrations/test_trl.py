@@ -13,7 +13,6 @@ from srlm_fast.errors import UserError
 trl = pytest.importorskip("trl", reason="trl is not installed (extra [trl])")
 datasets = pytest.importorskip("datasets", reason="datasets is not installed (with trl)")
 
-import tokenizers  # noqa: E402
 import transformers  # noqa: E402
 
 from srlm_fast.integrations.trl import (  # noqa: E402
@@ -23,6 +22,7 @@ from srlm_fast.integrations.trl import (  # noqa: E402
     judge_reward,
     patch_logprobs,
 )
+from tests.integrations import tokens  # noqa: E402
 
 SHAPE = {
     "vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
@@ -58,10 +58,7 @@ def rows():
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<pad>": 0}, unk_token="<pad>"))
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=words, pad_token="<pad>", eos_token="<pad>"
-    )
+    return tokens.tokenizer()
 
 
 class OnTokenIds(trl.DPOTrainer):

@@ -83,8 +83,7 @@ class Config:
     @property
     def refines_labels(self) -> bool:
         """Whether the rounds train on labels that SPA refines (its equation 10)."""
-        asked = self.spa.self_refinement if self.method == "spa" else self.spa.refine_srlm
-        return asked and self.spa.alpha > 0
+        return self.spa.self_refinement if self.method == "spa" else self.spa.refine_srlm
 
     def _check_consistency(self) -> None:
         if self.pairs.consistency == "off":
@@ -97,7 +96,7 @@ class Config:
         )
         require(
             not self.refines_labels,
-            "pairs.consistency and spa.alpha both smooth labels; leave one off, or set it to 0",
+            "pairs.consistency and SPA's self-refinement both smooth labels; leave one off",
         )
 
     def input_files(self) -> list[Path]:

@@ -165,4 +165,4 @@ def test_senseless_settings_are_refused() -> None:
         Config(pairs=cream, preference=PreferenceConfig(label_smoothing=0.1))
     with pytest.raises(UserError, match="both smooth labels"):
         Config(pairs=cream, method="spa")
-    Config(pairs=cream, method="spa", spa=SPAConfig(alpha=0))
+    Config(pairs=cream, method="spa", spa=SPAConfig(self_refinement=False))

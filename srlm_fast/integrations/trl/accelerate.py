@@ -12,9 +12,9 @@ import trl.trainer.utils
 from torch import Tensor
 
 from srlm_fast.errors import UserError
-from srlm_fast.integrations.trl.fused_head import OUTPUTS, Options, fused_output, without_gradient
+from srlm_fast.integrations.entropy import linear_logp_with_entropy
+from srlm_fast.integrations.trl.fused_head import OUTPUTS, Options, fused_output
 from srlm_fast.integrations.trl.packed import Packed
-from srlm_kernels import linear_logp
 
 Trainer = TypeVar("Trainer")
 
@@ -27,14 +27,9 @@ def accelerate(trainer: Trainer, *, packed: Callable[[], Packed | None] = lambda
     instances change, and only in `fused_lm_head=True` calls. Calling it again changes nothing.
     packed: gives the batch of the call under way in packed form; `SrlmDPOTrainer` uses it.
 
-    Returns `trainer`. Raises UserError for a trainer without TRL's fused head, with torch_compile,
-    and where the loss wants a gradient of the entropy.
+    Returns `trainer`. Raises UserError for a trainer without TRL's fused head, and with
+    torch_compile.
     """
-    if getattr(trainer, "_entropy_bonus_enabled", False):
-        raise UserError(
-            "the entropy of srlm_fast's fused head has no gradient: set entropy_coef to 0 and "
-            "use_adaptive_entropy to False, or train without accelerate()"
-        )
     owner: Any = trainer
     if getattr(getattr(owner, "args", None), "torch_compile", False):
         raise UserError(
@@ -119,12 +114,9 @@ class _LogProbs:
         logit_scale: float = 1.0,
         outputs: tuple[str, ...] = tuple(OUTPUTS),
     ) -> tuple[Tensor | None, ...]:
-        found = linear_logp(
+        found = linear_logp_with_entropy(
             hidden, weight, targets, bias=bias, softcap=final_logit_softcapping,
             logit_scale=logit_scale, temperature=temperature,
             outputs=[ours for theirs, ours in OUTPUTS.items() if theirs in outputs],
         )  # fmt: skip
-        entropy = found.entropy
-        if entropy is not None:
-            entropy = without_gradient(entropy, found.logp)
-        return found.logp, entropy, found.log_sum_sq_probs, found.mean_logit, found.is_top1
+        return found.logp, found.entropy, found.log_sum_sq_probs, found.mean_logit, found.is_top1

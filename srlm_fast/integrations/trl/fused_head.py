@@ -13,9 +13,10 @@ from torch import Tensor
 from trl.trainer.utils import FusedCausalLMOutput
 
 from srlm_fast.errors import UserError
+from srlm_fast.integrations.entropy import linear_logp_with_entropy
 from srlm_fast.integrations.trl.packed import Packed
 from srlm_fast.model.forward import decoder, lm_head
-from srlm_kernels import LinearLogp, linear_logp
+from srlm_kernels import LinearLogp
 
 # TRL's names of what `linear_logp` calls in the singular.
 OUTPUTS = {
@@ -58,7 +59,7 @@ def fused_output(
     num_items_in_batch: Any,
     packed: Packed | None = None,
 ) -> FusedCausalLMOutput:
-    """See `trl.trainer.utils.add_fused_lm_head`, whose contract this is; entropy has no gradient.
+    """See `trl.trainer.utils.add_fused_lm_head`, whose contract this is.
 
     With `packed`, the tokens of `input_ids` and `labels` packed, a shared prompt runs once.
     """
@@ -82,8 +83,6 @@ def fused_output(
         places = packed.places.to(target.device)
         fields = {name: _at(places, mask.numel(), x) for name, x in fields.items()}
     fields = {name: None if x is None else x.view(shape) for name, x in fields.items()}
-    if fields["entropy"] is not None:
-        fields["entropy"] = without_gradient(fields["entropy"], fields["log_probs"])
     count = mask.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
     loss = -fields["log_probs"].sum() / count
     aux_loss = None
@@ -117,7 +116,7 @@ def _logp(
         bias = None if bias is None else bias.float()
     rows = packed.rows if packed is not None else None
     with region:
-        return linear_logp(
+        return linear_logp_with_entropy(
             hidden if rows is not None else hidden.flatten(0, -2),
             weight,
             packed.target.to(weight.device) if packed is not None else target.flatten(),
@@ -144,25 +143,3 @@ def _aux_loss(model: Any, backbone: Any, attention_mask: Tensor | None) -> Tenso
         backbone.router_logits, config.num_experts, config.num_experts_per_tok, attention_mask
     )
     return loss
-
-
-def without_gradient(x: Tensor, like: Tensor) -> Tensor:
-    """`x` as if it depended on `like`; a gradient that is asked for, as TRL's has, is an error."""
-    same: Tensor = _NoGradient.apply(x, like)  # type: ignore[no-untyped-call]
-    return same
-
-
-class _NoGradient(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, like: Tensor) -> Tensor:
-        ctx.set_materialize_grads(False)
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor | None) -> Any:
-        if gradient is None:
-            return None, None
-        raise UserError(
-            "the entropy of srlm_fast's fused head has no gradient: set entropy_coef to 0, or "
-            "train without accelerate() and patch_logprobs()"
-        )

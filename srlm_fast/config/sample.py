@@ -18,11 +18,13 @@ class SamplingConfig:
     top_k: int = 0
     max_new_tokens: int = 1024
     keep_truncated: bool = False  # keep candidates that hit max_new_tokens
+    force_eos: bool = False  # judge and train on them with an EOS behind, as SPA's code does
 
     def __post_init__(self) -> None:
         require(self.num_candidates >= 2, "num_candidates must be at least 2: a pair needs two")
         require(self.top_k >= 0, "top_k must not be negative (0: off)")
         require(self.max_new_tokens >= 1, "max_new_tokens must be at least 1")
+        require(self.keep_truncated or not self.force_eos, "force_eos needs keep_truncated: true")
         require_sampling(self.temperature, self.top_p)
 
 

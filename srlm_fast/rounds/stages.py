@@ -18,6 +18,7 @@ from srlm_fast.data.records import (
     PromptRow,
     Sample,
     prompt_text,
+    user,
 )
 from srlm_fast.data.task import Task
 from srlm_fast.errors import UserError
@@ -117,14 +118,25 @@ def round_prompts(engine: Engine, task: Task, t: int) -> list[Prompt]:
 
 
 def candidates(engine: Engine, prompts: Sequence[Prompt], t: int) -> list[Sample]:
-    """N samples of every prompt from the resident model; consecutive, in prompt order."""
+    """N samples of every prompt from the resident model; consecutive, in prompt order.
+
+    With `sampling.force_eos` the file has what was sampled, and what was cut off ends in an EOS for
+    all that follows.
+    """
 
     def make() -> tuple[list[Sample], dict[str, Any]]:
         samples, dropped = engine.candidates(prompts, stage=f"candidates-{t}", round=t)
         tokens = sum(len(s.response_ids) for s in samples)
         return samples, {"dropped": dict(dropped), "tokens": tokens}
 
-    return engine.run.records(f"round-{t}/samples", Sample, make)
+    samples = engine.run.records(f"round-{t}/samples", Sample, make)
+    if not engine.config.sampling.force_eos:
+        return samples
+    eos = engine.template.encode_response(user("question"), "answer")[-1]
+    return [
+        replace(s, response_ids=(*s.response_ids, eos)) if s.finish_reason == "length" else s
+        for s in samples
+    ]
 
 
 def judgements(

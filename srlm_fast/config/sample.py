@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from srlm_fast.config.rules import require, require_sampling
@@ -71,6 +71,10 @@ class PromptsConfig:
         """How many prompts round t (from 1) takes."""
         sizes = self.num_prompts_by_round or (self.num_prompts,)
         return sizes[min(t, len(sizes)) - 1]
+
+    def for_round(self, t: int) -> PromptsConfig:
+        """These settings, with the number of round t for `num_prompts`."""
+        return replace(self, num_prompts=self.of_round(t), num_prompts_by_round=())
 
     def of_rounds(self, rounds: int) -> int:
         """How many prompts all rounds take."""

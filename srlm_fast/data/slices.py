@@ -59,8 +59,11 @@ class PreferenceRows:
         return part
 
     def test_pairs(self) -> tuple[list[Preference], list[Prompt]]:
-        """The last `data.num_test_pairs` rows of the order, which do not change with what is dealt
-        before them, and the prompts of those that nobody has. Raises UserError as `deal`."""
+        """The last `data.num_test_pairs` rows of the order on prompts that no part has, so that
+        they hardly change with the parts; and the prompts of those that nobody has.
+
+        Raises UserError as `deal`.
+        """
         left = [row for row in self._rows if row]
         fresh = [row for row in left if prompt_key(row.prompt) not in self.seen]
         self.dropped["pair: prompt seen before"] += len(left) - len(fresh)

@@ -97,7 +97,7 @@ def round_prompts(engine: Engine, task: Task, t: int) -> list[Prompt]:
                 engine.sampler,
                 engine.template,
                 [e.prompt for e in task.ift],
-                replace(config, num_prompts=config.of_round(t)),
+                config.for_round(t),
                 seed=engine.run.seed(f"prompts-{t}"),
                 round=t,
                 avoid=avoid,

@@ -142,6 +142,7 @@ def test_num_prompts_and_a_list_of_them_exclude_each_other():
         PromptsConfig(num_prompts=80, num_prompts_by_round=(8, 9))
     sizes = PromptsConfig(num_prompts_by_round=(8, 9))
     assert [sizes.of_round(t) for t in (1, 2, 3)] == [8, 9, 9] and sizes.of_rounds(3) == 26
+    assert sizes.for_round(2) == PromptsConfig(num_prompts=9)
 
 
 def test_rows_left_out_are_counted_once(config):

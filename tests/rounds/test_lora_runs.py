@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from srlm_fast.config import Config, LoraConfig, SamplingConfig
+from srlm_fast.config import Config, JudgeConfig, LoraConfig, SamplingConfig
 from srlm_fast.data.jsonl import read_jsonl
 from srlm_fast.data.records import Judgement, Sample
 from srlm_fast.errors import UserError
@@ -114,6 +114,7 @@ def test_what_cannot_be_is_said_before_the_run(
         return Config(
             model=model,
             method="spa",
+            judge=JudgeConfig(kind="implicit"),
             lora=LoraConfig(r=2, target_modules=(modules,)),
             sampling=SamplingConfig(max_new_tokens=8),
         )

@@ -33,6 +33,10 @@ def check_methods(config: Config) -> None:
         "preference.label_smoothing must be 0 where SPA's refinement smooths the labels it"
         " suspects; set it to 0, or spa.self_refinement to false",
     )
+    require(
+        config.data.slices == "prompts" or is_spa,
+        "data.slices says how spa cuts preference rows, and srlm has none; leave it at prompts",
+    )
     _check_reference(config)
 
 

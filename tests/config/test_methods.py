@@ -39,6 +39,7 @@ from srlm_fast.recipes import load_config
             "srlm", {"judge.reference": "none"},
             "judge.reference is what the implicit judge compares with",
         ),
+        ("srlm", {"data.slices": "rows"}, "data.slices says how spa cuts preference rows"),
         ("srlm", {"judge.scorer": "a:b"}, "judge.scorer needs kind: scorer"),
         ("spa", {"judge.kind": "scorer"}, "judge.scorer must name a function"),
         ("spa", {"judge.kind": "scorer", "judge.scorer": "pairrm"}, "must name a function"),

@@ -29,6 +29,10 @@ def check_methods(config: Config) -> None:
         "spa.refine_srlm asks for what spa.self_refinement false turns off; set one of them",
     )
     require(
+        not (spa.refine_srlm and config.srlm.training == "positives"),
+        "spa.refine_srlm refines labels of pairs, and srlm.training positives makes none",
+    )
+    require(
         not (config.refines_labels and config.preference.label_smoothing),
         "preference.label_smoothing must be 0 where SPA's refinement smooths the labels it"
         " suspects; set it to 0, or spa.self_refinement to false",
@@ -57,5 +61,5 @@ def _check_reference(config: Config) -> None:
     )
     require(
         config.method == "spa" or config.eft.enabled or reference not in ("sft", "previous"),
-        f"judge.reference {reference} is, without eft, another M1: set it to base or none",
+        f"judge.reference {reference} is, without eft, M1 itself: set it to base or none",
     )

@@ -11,7 +11,7 @@ from srlm_fast.config.rules import require
 if TYPE_CHECKING:
     from srlm_fast.config import Config
 
-UNSCALED = ("implicit", "longest")  # judges that do not score 0 to 5
+UNSCALED = ("implicit", "scorer", "longest")  # judges that do not score 0 to 5
 
 
 @dataclass(frozen=True)

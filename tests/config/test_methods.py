@@ -19,6 +19,10 @@ from srlm_fast.recipes import load_config
             "srlm", {"spa.refine_srlm": "true", "spa.self_refinement": "false"},
             "asks for what spa.self_refinement false turns off",
         ),
+        (
+            "srlm", {"spa.refine_srlm": "true", "srlm.training": "positives"},
+            "srlm.training positives makes none",
+        ),
         ("spa", {"preference.label_smoothing": "0.1"}, "label_smoothing must be 0 where SPA"),
         ("spa", {"spa.no_seed": "true"}, "judge.reference sft is, without a seed, the first judge"),
         (
@@ -32,7 +36,7 @@ from srlm_fast.recipes import load_config
         ),
         (
             "srlm", {"judge.kind": "implicit", "eft.enabled": "false"},
-            "judge.reference sft is, without eft, another M1",
+            "judge.reference sft is, without eft, M1 itself",
         ),
         ("sandbox-spa", {"judge.reference": "some/model"}, "is no model of the sandbox"),
         (

@@ -20,6 +20,7 @@ POSITIVES = {"srlm.training": "positives"}
         (POSITIVES | {"method": "spa"}, "srlm.training is for method srlm"),
         (POSITIVES | {"judge.kind": "implicit"}, "judge.kind implicit gives others; take prompted"),
         (POSITIVES | {"judge.kind": "longest"}, "judge.kind longest gives others; take prompted"),
+        (POSITIVES | {"judge.kind": "scorer", "judge.scorer": "a:b"}, "judge.kind scorer gives"),
         (POSITIVES | {"judge.kind": "expected"}, "must be below 5 with judge.kind expected"),
         (POSITIVES | {"pairs.length_control": "0.2"}, "positives makes no pairs; leave"),
     ],

@@ -13,6 +13,7 @@ from typing import Any, Literal
 from srlm_fast.config.data import DataConfig, SandboxConfig
 from srlm_fast.config.judge import EFTConfig, EvaluateConfig, JudgeConfig, PairsConfig
 from srlm_fast.config.methods import check_methods
+from srlm_fast.config.options import check_options
 from srlm_fast.config.rules import require
 from srlm_fast.config.sample import PromptsConfig, SamplingConfig
 from srlm_fast.config.spa import SPAConfig
@@ -73,31 +74,12 @@ class Config:
             "lora trains with parallel: replicate only, in sft and preference",
         )
         check_srlm(self)
-        require(
-            self.pairs.gold_replay == 0 or (self.method == "spa" and not self.spa.no_seed),
-            "pairs.gold_replay needs gold pairs, which only method spa has, in its seed;"
-            " set it to 0",
-        )
-        self._check_consistency()
+        check_options(self)
 
     @property
     def refines_labels(self) -> bool:
         """Whether the rounds train on labels that SPA refines (its equation 10)."""
         return self.spa.self_refinement if self.method == "spa" else self.spa.refine_srlm
-
-    def _check_consistency(self) -> None:
-        if self.pairs.consistency == "off":
-            return
-        loss = self.preference
-        require(
-            loss.loss_type == "sigmoid" and loss.label_smoothing == 0,
-            "pairs.consistency is the label smoothing of DPO; set preference.loss_type to sigmoid"
-            " and preference.label_smoothing to 0",
-        )
-        require(
-            not self.refines_labels,
-            "pairs.consistency and SPA's self-refinement both smooth labels; leave one off",
-        )
 
     def input_files(self) -> list[Path]:
         """The files of the user that the run reads; names of recipes and HF datasets are none."""

@@ -80,14 +80,39 @@ class PreferenceConfig(TrainConfig):
     simpo_gamma: float = 0.5
     rdpo_alpha: float = 0.01  # of r_dpo: nats that a token of difference in length counts
     rpo_alpha: float = 0.0  # weight of the chosen response's mean negative log-likelihood
-    reference: Literal["previous", "fixed"] = "previous"
+    # The round's start; the first round's; or their average, which moves to each start by
+    # `ref_model_mixup_alpha`.
+    reference: Literal["previous", "fixed", "ema"] = "previous"
     reference_cache: Literal["none", "logps", "states"] = "none"  # run it once; spa needs states
+    sync_ref_model: bool = False  # TR-DPO: the reference follows the policy
+    ref_model_mixup_alpha: float = 0.6  # by this share at a time; 1: it becomes the policy
+    ref_model_sync_steps: int = 512  # optimiser steps between two times
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self.beta > 0, "beta must be above 0")
         require(self.rpo_alpha >= 0, "rpo_alpha must not be negative")
         require(0 <= self.label_smoothing < 0.5, "label_smoothing must be at least 0 and below 0.5")
+        require(
+            0 < self.ref_model_mixup_alpha <= 1, "ref_model_mixup_alpha must be above 0, at most 1"
+        )
+        require(self.ref_model_sync_steps >= 1, "ref_model_sync_steps must be at least 1")
+        if self.sync_ref_model:
+            self._check_sync()
+
+    def _check_sync(self) -> None:
+        require(
+            self.reference == "previous",
+            f"sync_ref_model moves the reference from the round's start; reference {self.reference}"
+            " is another one: set it to previous",
+        )
+        require(
+            self.reference_cache == "none",
+            "sync_ref_model changes what reference_cache would keep; set it to none",
+        )
+        require(
+            self.loss_type != "simpo", "sync_ref_model needs a reference, and loss simpo has none"
+        )
 
 
 @dataclass(frozen=True)

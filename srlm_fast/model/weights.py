@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from srlm_fast.errors import UserError
@@ -53,15 +54,29 @@ def load_weights(model: PreTrainedModel, folder: str | Path) -> None:
     The tensors stay the same objects, so optimisers and samplers that hold them see the new
     values. Raises UserError when the folder's model has other tensors or shapes.
     """
+    source = _state(folder, model)
+    with torch.no_grad():
+        for name, tensor in model.state_dict().items():
+            tensor.copy_(source[name])
+
+
+def move_weights(model: PreTrainedModel, folder: str | Path, alpha: float) -> None:
+    """Each parameter w of `model` becomes alpha w' + (1 - alpha) w, in place, w' being that of
+    `folder`. Raises UserError as `load_weights`."""
+    source = _state(folder, model)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():  # of tied ones there is one
+            weight.lerp_(source[name].to(weight.device), alpha)
+
+
+def _state(folder: str | Path, model: PreTrainedModel) -> dict[str, Tensor]:
+    """The tensors of `folder`, on the CPU, which must be those of `model`."""
     source = load_model(str(folder), device=torch.device("cpu"), dtype=model.dtype).state_dict()
-    target = model.state_dict()
-    shapes = [{name: t.shape for name, t in state.items()} for state in (source, target)]
+    shapes = [{name: t.shape for name, t in s.items()} for s in (source, model.state_dict())]
     if shapes[0] != shapes[1]:
         odd = min(set(shapes[0].items()) ^ set(shapes[1].items()))[0]
         raise UserError(f"the model in {folder} does not fit this one: {odd} differs")
-    with torch.no_grad():
-        for name, tensor in target.items():
-            tensor.copy_(source[name])
+    return source
 
 
 def save_model(model: PreTrainedModel, tokenizer: Any, folder: str | Path) -> None:

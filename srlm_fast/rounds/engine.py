@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from srlm_fast.config import PreferenceConfig
 from srlm_fast.data.records import Example, Pair, Preference, Prompt, Sample
 from srlm_fast.data.template import ChatTemplate
 from srlm_fast.errors import UserError
@@ -33,7 +34,7 @@ from srlm_fast.model.load import (
     resolve_device,
     resolve_folder,
 )
-from srlm_fast.model.weights import FullWeights
+from srlm_fast.model.weights import FullWeights, move_weights
 from srlm_fast.rounds.manifest import Run
 from srlm_fast.sampler import Sampler, SamplingParams
 from srlm_fast.sampler.sharded import ShardedSampler
@@ -122,20 +123,16 @@ class Engine:
     ) -> None:
         """Train the resident model on `pairs` into model `name`, against its own start.
 
-        fixed: the reference instead, where the configuration says `reference: fixed`.
+        fixed: the reference instead, where the configuration says `reference: fixed`, and where
+        its average begins, with `reference: ema`.
         eval_pairs: held-out labels, for `preference.eval_steps`.
         """
         config = self._fit(replace(self.config.preference, **changes))
 
         def train() -> dict[str, Any]:
-            reference: Any = self.model  # before its training, where that is kept
-            if config.reference == "fixed":
-                reference = self.weights.frozen(fixed)
-            elif config.reference_cache == "none" or self.config.lora.r:
-                reference = self.weights.frozen()
             return train_preference(
                 self.model,
-                reference,
+                self._compared_with(config, fixed),
                 pairs,
                 config,
                 refine=refine,
@@ -150,6 +147,18 @@ class Engine:
             )
 
         self._become(name, train)
+
+    def _compared_with(self, config: PreferenceConfig, fixed: Path) -> Any:
+        if config.reference == "previous":
+            if config.reference_cache == "none" or self.config.lora.r:
+                return self.weights.frozen()
+            return self.model  # before its training, where that is kept
+        reference: Any = self.weights.frozen(fixed)
+        if config.reference == "ema":  # not with lora
+            line = self.lineage
+            for folder in line[line.index(fixed) + 1 :] if fixed in line else line:
+                move_weights(reference, folder, config.ref_model_mixup_alpha)
+        return reference
 
     def candidates(
         self, prompts: Sequence[Prompt], *, stage: str, round: int, **changes: Any

@@ -184,7 +184,7 @@ def _shares(train: TrainConfig, ranks: Ranks) -> int:
 def _runs_a_reference(train: TrainConfig) -> bool:
     """Whether a frozen copy is there beside the model."""
     return isinstance(train, PreferenceConfig) and (
-        train.reference_cache == "none" or train.reference == "fixed"
+        train.reference_cache == "none" or train.reference != "previous"
     )
 
 

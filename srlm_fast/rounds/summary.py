@@ -12,6 +12,7 @@ from srlm_fast.rounds.manifest import Run
 ORACLE_NOTE = (
     "The oracle made the seed data and this evaluation; it judged and labelled nothing in a round."
 )
+REFERENCES = {"fixed": "fixed", "ema": "an average of the models so far"}
 
 
 def models_by_round(config: Config) -> dict[str, int]:
@@ -64,8 +65,11 @@ def _notes(run: Run, task: Task) -> list[str]:
             "The run was resumed with other library versions or another number of processes; "
             "manifest.json lists them."
         )
-    if run.config.preference.reference == "fixed":
-        notes.append("The reference is fixed, so margins do not start at 0; that check is off.")
+    if (reference := run.config.preference.reference) != "previous":
+        notes.append(
+            f"The reference is {REFERENCES[reference]}, so margins do not start at 0; that check"
+            " is off."
+        )
     if run.config.method == "srlm" and not run.config.eft.enabled:
         notes.append("There is no evaluation data (EFT), so the SFT baseline is M1.")
     if task.dropped:

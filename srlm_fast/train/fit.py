@@ -17,6 +17,7 @@ from srlm_fast.model.checkpointing import checkpointed
 from srlm_fast.parallel import ALONE, Ranks
 from srlm_fast.train.checkpoint import Checkpoint, Checkpoints, Stateful
 from srlm_fast.train.metrics import Log, Metrics, Micro
+from srlm_fast.train.moving import MovingReference
 from srlm_fast.train.optim import Optimizer, lr_factor
 from srlm_fast.train.plan import MicroBatches
 from srlm_fast.train.sharded import check_replicas
@@ -48,6 +49,7 @@ def fit(
     evaluate: Evaluate | None = None,
     checkpoints: Checkpoints | None = None,
     parts: Mapping[str, Stateful] | None = None,
+    moving: MovingReference | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:
     """Trains `model` in place over the optimiser steps of `plan` (see `plan_steps`).
@@ -67,7 +69,7 @@ def fit(
     end. With `checkpoints`, one is written every `save_steps`, and a training that finds one goes
     on from there: `log` gets the rows from before it again, and all that follows is as if the
     training had not been stopped. `model` comes with its start weights then too. `parts` is what
-    else the steps change.
+    else the steps change, and `moving` a reference that is moved after them.
 
     Each of several `ranks` computes its share of every step, on the whole model or, where `ranks`
     are sharded, on its share of one. All get the same log and summary, and the result is that of
@@ -75,7 +77,7 @@ def fit(
     UserError on that rank only; its process must end then, as the others wait for it.
     """
     training = _Training(
-        model, config, plan, micro_batches, step_function, log, ranks, parts or {}, seed
+        model, config, plan, micro_batches, step_function, log, ranks, parts or {}, moving, seed
     )
     if not ranks.sharded:
         check_replicas(model, ranks)
@@ -113,6 +115,7 @@ class _Training:
         log: Log,
         ranks: Ranks,
         parts: Mapping[str, Stateful],
+        moving: MovingReference | None,
         seed: int,
     ) -> None:
         self._config, self._steps, self._micro_batches = config, len(plan), micro_batches
@@ -121,7 +124,7 @@ class _Training:
         self._zero = _zero(model)
         self._optimizer = Optimizer(model, config, ranks, seed)
         self._metrics = Metrics(self._zero, ranks)
-        self._parts = {**parts, "metrics": self._metrics}
+        self._parts, self._moving = {**parts, "metrics": self._metrics}, moving
         self.step = 0
         """Steps that are done."""
         self._num_tokens, self._out_of_memory = 0, 0
@@ -147,6 +150,8 @@ class _Training:
         factor = lr_factor(self._config, self.step, self._steps)
         self._metrics.end_step(*self._optimizer.step(loss, factor))
         self.step += 1
+        if self._moving:
+            self._moving.after_step(self.step)
 
     def _gradients(self, items: Sequence[int]) -> int | None:
         """The tokens of a step whose gradients are collected; None: some rank's memory ran out."""
@@ -193,7 +198,8 @@ class _Training:
         }
         mine = {name: part.state() for name, part in self._parts.items()}
         states = self._ranks.gather([{"training": own, **mine}])
-        return Checkpoint(self.step, self._rows, states, self._optimizer.state())
+        moved = self._moving.state() if self._moving else {}
+        return Checkpoint(self.step, self._rows, states, {**self._optimizer.state(), **moved})
 
     def restore(self, found: Checkpoint) -> None:
         """Becomes what `found` was made of, and logs its rows again."""
@@ -205,6 +211,8 @@ class _Training:
         for name, part in self._parts.items():
             part.restore(state[name])
         self._optimizer.restore(dict(found.tensors))
+        if self._moving:
+            self._moving.restore(found.tensors)
         for row in found.rows:
             self._rows.append(row)
             self._log(dict(row))

@@ -25,6 +25,7 @@ from srlm_fast.train.evaluation import held_out_items, held_out_means
 from srlm_fast.train.fit import fit
 from srlm_fast.train.layout import choose_layout
 from srlm_fast.train.metrics import LateMeans, Log, Micro
+from srlm_fast.train.moving import MovingReference
 from srlm_fast.train.noise import NoiseDetector, Refinement
 from srlm_fast.train.plan import Item, MicroBatches, plan_steps, usable_items
 from srlm_fast.train.reference import Reference, choose_reference
@@ -66,6 +67,7 @@ def train_preference(
     of an optimiser step, plus `config.rpo_alpha` times the chosen response's mean negative
     log-likelihood. With `refine` it is SPA's refined DPO loss instead. A pair's `label_smoothing`
     stands for the configuration's.
+    With `config.sync_ref_model` the weights of `reference` change too, see `MovingReference`.
     reference_is_start: `reference` has the weights that `model` starts from. Then every margin of
     the first step must be exactly 0 (with a cache: below the noise measured when it was made);
     RuntimeError is raised, before any weight changes, if not.
@@ -79,7 +81,7 @@ def train_preference(
     there is an evaluation; `margins` (beta-scaled), `accuracies`, and against the reference, in
     nats, `chosen_logp_change` and `rejected_logp_change`, each a mean over the last quarter of the
     steps; with `refine`, `flags` as long as `pairs`: whether the pair was flagged when last trained
-    on, None if alpha was 0 then or it was dropped.
+    on, None if alpha was 0 then or it was dropped; with `sync_ref_model`, `reference_updates`.
     Raises UserError when no pair is left, the loss is unknown or cannot be smoothed for each pair
     where that is asked for, or training diverges.
     """
@@ -112,6 +114,9 @@ def train_preference(
         noise = NoiseDetector(
             refine, beta=config.beta, num_pairs=len(kept), steps=len(plan), like=like, ranks=ranks
         ) if refine else None  # fmt: skip
+        moving = None
+        if config.sync_ref_model:
+            moving = MovingReference(reference, model, config, len(plan))
         late = LateMeans(3 * len(plan) // 4, ranks)
         steps = _Steps(
             forward, compared, loss, kept, micro_batches, noise, late, ranks, reference_is_start
@@ -123,7 +128,8 @@ def train_preference(
         summary = fit(
             model, config, plan, micro_batches, steps, log=log, name="preference", ranks=ranks,
             evaluate=evaluate if held_out else None, checkpoints=checkpoints,
-            parts={"late": late, **({"noise": noise} if noise else {})}, seed=seed,
+            parts={"late": late, **({"noise": noise} if noise else {})},
+            moving=moving, seed=seed,
         )  # fmt: skip
         late_means = _late(late.means(), config.beta)
         summary |= {"pairs": len(kept), "dropped": dict(dropped), **late_means}
@@ -131,6 +137,8 @@ def train_preference(
             summary["eval_dropped"] = eval_dropped
         if noise:
             summary["flags"] = noise.flags(len(pairs))
+        if moving:
+            summary["reference_updates"] = len(plan) // config.ref_model_sync_steps
     return summary
 
 

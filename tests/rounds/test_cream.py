@@ -166,3 +166,5 @@ def test_senseless_settings_are_refused() -> None:
     with pytest.raises(UserError, match="both smooth labels"):
         Config(pairs=cream, method="spa")
     Config(pairs=cream, method="spa", spa=SPAConfig(self_refinement=False))
+    with pytest.raises(UserError, match="without a seed the first has none"):
+        Config(pairs=cream, method="spa", spa=SPAConfig(self_refinement=False, no_seed=True))

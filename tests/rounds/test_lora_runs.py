@@ -100,6 +100,19 @@ def test_a_reference_that_is_fixed_is_m1(whole: dict[str, Path]) -> None:
     assert first["train/M2"]["rewards/margins"] == 0 != first["train/M3"]["rewards/margins"]
 
 
+def test_a_reference_that_follows_is_a_copy(run_loop: Any, tmp_path: Path) -> None:
+    """Of the policy's adapter, after every step: margins are always 0, and DPO has no KL."""
+    hard = {"preference__sync_ref_model": "true", "preference__ref_model_mixup_alpha": "1"}
+    changes = LORA | hard | {"preference__ref_model_sync_steps": "1", "rounds": "1"}
+    assert run_loop("spa", tmp_path / "run", **changes) == 0
+    rows = [json.loads(x) for x in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    margins = [row["rewards/margins"] for row in rows if "rewards/margins" in row]
+    assert len(margins) > 3 and not any(margins)
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    training = summary["models"][-1]["training"]
+    assert training["reference_updates"] == training["steps"]
+
+
 def test_one_cached_round(run_loop: Any, tmp_path: Path, whole: dict[str, Path]) -> None:
     cached = LORA | {"preference__reference_cache": "states", "rounds": "1"}
     assert run_loop("spa", tmp_path / "run", **cached) == 0

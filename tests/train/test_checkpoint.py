@@ -28,6 +28,7 @@ DPO = PreferenceConfig(
     eval_steps=3, save_steps=1,
 )  # fmt: skip
 CUT = replace(DPO, micro_batch_size=2)
+MOVING = replace(CUT, sync_ref_model=True, ref_model_sync_steps=2, ref_model_mixup_alpha=0.3)
 SPA = Refinement(alpha=0.3, lam=0.5, k_percent=40.0, window=6)
 
 
@@ -140,6 +141,9 @@ def test_sft(config, dtype, sft, stopped_at_every_step, tmp_path):
         (replace(CUT, reference_cache="states"), None, torch.float64),
         (replace(CUT, gradient_checkpointing=True), None, torch.bfloat16),
         (CUT, SPA, torch.float64),
+        (MOVING, None, torch.bfloat16),
+        (MOVING, SPA, torch.float64),
+        (replace(MOVING, ref_model_mixup_alpha=1.0), None, torch.float32),
         (replace(CUT, reference_cache="states"), SPA, torch.float32),
         (CUT, replace(SPA, tau="dataset"), torch.float64),
         (DPO, replace(SPA, tau="dataset", interval=2), torch.bfloat16),

@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks.train_engines import random_pairs, trl_trainer
 from srlm_fast.config import LoraConfig, PreferenceConfig, TrainConfig
+from srlm_fast.errors import UserError
 from srlm_fast.model.adapters import POLICY, Adapters
 from srlm_fast.train.noise import Refinement
 from srlm_fast.train.preference import PairForward, pair_loss, train_preference
@@ -120,6 +121,41 @@ def test_as_with_a_separate_reference(family, refine, checkpointing, pairs):
         for name, weight in base.items():
             assert torch.equal(model.get_parameter(name), weight)
     assert not any(torch.equal(p, policy_of(apart)[name]) for name, p in trained.items())
+
+
+@pytest.mark.parametrize("refine", [None, REFINE])
+def test_the_adapter_of_the_rounds_start_may_follow_the_policy(refine, pairs):
+    """As a separate reference would, bit for bit; the base stays."""
+    ours = adapted("llama")
+    twin, apart = copy.deepcopy(ours.model), copy.deepcopy(ours.model)
+    base = {n: p.detach().clone() for n, p in twin.named_parameters() if not p.requires_grad}
+    config = replace(CONFIG, sync_ref_model=True, ref_model_mixup_alpha=1.0, ref_model_sync_steps=2)
+    found = []
+    for model, reference in ((ours.model, ours.frozen()), (twin, apart)):
+        log = []
+        summary = train_preference(
+            model, reference, pairs, config, refine=refine, seed=0, pad_id=0, log=log.append
+        )
+        found.append((summary, log, [*policy_of(model).values()]))
+    assert found[0][:2] == found[1][:2] and found[0][0]["reference_updates"] == 3
+    assert all(map(torch.equal, found[0][2], found[1][2]))
+    with ours.frozen(BASE).active() as model:
+        assert all(torch.equal(model.get_parameter(name), w) for name, w in base.items())
+
+
+def test_adapters_that_cannot_follow_are_refused(pairs):
+    ours = adapted("llama")
+    soft = replace(CONFIG, sync_ref_model=True, ref_model_sync_steps=2)
+    hard = replace(soft, ref_model_mixup_alpha=1.0)
+    for config, reference, error in (
+        (soft, ours.frozen(), pytest.raises(UserError, match="mean of two LoRA adapters")),
+        (hard, ours.frozen(BASE), pytest.raises(ValueError, match="the round's start")),
+    ):
+        with error:
+            train_preference(
+                ours.model, reference, pairs, config, seed=0, pad_id=0, log=lambda _: None,
+                reference_is_start=False,
+            )  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

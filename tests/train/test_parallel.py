@@ -31,6 +31,9 @@ from tests.train.tiny import draw_pairs, draw_rows, new_model
 CONFIG = PreferenceConfig(
     learning_rate=3e-3, num_train_epochs=2, per_device_train_batch_size=5, logging_steps=2
 )
+MOVING = replace(
+    CONFIG, sync_ref_model=True, ref_model_sync_steps=2, ref_model_mixup_alpha=0.3, eval_steps=3
+)
 REFINE = Refinement(alpha=0.3, lam=0.5, k_percent=40.0, window=6)
 
 
@@ -242,6 +245,25 @@ def a_training_that_is_stopped_goes_on():
         assert_goes_on(partial(train, refine))
 
 
+def references_may_move():
+    """Whole or in shares, and when the training is stopped."""
+
+    def train(config, ranks, folder=None, save_steps=0):
+        model, logs = new_model(), []
+        reference = frozen_copy(model)
+        summary = train_preference(
+            model, reference, draw_pairs(), replace(config, save_steps=save_steps), refine=REFINE,
+            seed=0, pad_id=0, log=logs.append, ranks=ranks, eval_pairs=draw_pairs()[:5],
+            checkpoint=folder,
+        )  # fmt: skip
+        both = [p.detach().flatten() for m in (model, reference) for p in m.parameters()]
+        return torch.cat(both), summary, logs
+
+    for config in (MOVING, replace(MOVING, parallel="shard")):
+        assert_same(train(config, here()), train(config, ALONE))
+        assert_goes_on(partial(train, config, here()))
+
+
 def evaluated(ranks, config):
     model, logs = new_model(), []
     train_preference(
@@ -284,6 +306,7 @@ CHECKS = [
     official_tau_knows_its_own_rank_only,
     most_ranks_may_have_nothing,
     references_may_be_cached,
+    references_may_move,
     a_step_that_is_not_finite_is_skipped_by_all,
     memory_may_run_out_on_one_rank,
     a_pair_that_does_not_fit_ends_all_ranks,

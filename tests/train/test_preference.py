@@ -59,8 +59,9 @@ def plain_weights(make_model, pairs):
         return logits.log_softmax(-1)[torch.arange(len(response)), list(response)].sum()
 
     def run(
-        plan, *, alphas=None, lam=0.0, window=0, k=0.0, rpo_alpha=0.0, beta=0.1, smoothing=None
-    ):
+        plan, *, alphas=None, lam=0.0, window=0, k=0.0, rpo_alpha=0.0, beta=0.1, smoothing=None,
+        sync=(1000, 0.0),
+    ):  # fmt: skip
         model = make_model()
         reference = copy.deepcopy(model)
         optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.0, foreach=False)
@@ -88,6 +89,10 @@ def plain_weights(make_model, pairs):
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
+            every, a = sync
+            if (step + 1) % every == 0:
+                for frozen, weight in zip(reference.parameters(), model.parameters(), strict=True):
+                    frozen.data = a * weight.data + (1 - a) * frozen.data
         return torch.cat([p.detach().flatten() for p in model.parameters()]), flags
 
     return run
@@ -120,6 +125,24 @@ def test_pairs_may_have_a_label_smoothing_of_their_own(train, plain_weights, pla
     smoothing = [0.25 if e is None else e for e in own]
     expected, _ = plain_weights(plan, smoothing=smoothing, rpo_alpha=config.rpo_alpha)
     torch.testing.assert_close(weights, expected, atol=1e-9, rtol=0)
+
+
+@pytest.mark.parametrize(("every", "alpha"), [(2, 0.6), (3, 1.0)])
+@pytest.mark.parametrize("refine", [None, replace(REFINE, lam=4.0)])
+def test_the_reference_may_follow_the_policy(train, plain_weights, plan, refine, every, alpha):
+    """TR-DPO, soft and hard; with SPA, whose extrapolation is from the reference as it is then."""
+    config = replace(
+        CONFIG, sync_ref_model=True, ref_model_mixup_alpha=alpha, ref_model_sync_steps=every
+    )
+    weights, summary, logs = train(config, refine)
+    spa = {"alphas": [0.0, 0.0, *[0.3] * 6], "lam": 4.0, "window": 6, "k": 0.4} if refine else {}
+    expected, flags = plain_weights(plan, sync=(every, alpha), **spa)
+    torch.testing.assert_close(weights, expected, atol=1e-9, rtol=0)
+    assert (weights - plain_weights(plan, **spa)[0]).abs().max() > 1e-6, "it matters"
+    assert summary["reference_updates"] == 8 // every
+    assert not refine or summary["flags"] == [flags.get(i) for i in range(12)]
+    if alpha == 1:  # the step after has policy and reference equal again
+        assert [row["rewards/margins"] == 0 for row in logs] == [s % every == 0 for s in range(8)]
 
 
 def test_only_dpo_can_smooth_the_labels_of_single_pairs(train, pairs):

@@ -58,6 +58,8 @@ class PairsConfig:
     # CREAM's weight: labels count as far as M_t and M_{t-1} rank candidates alike, in the mean over
     # all prompts (avg) or for each prompt (dyn).
     consistency: Literal["off", "avg", "dyn"] = "off"
+    # Temporal Self-Rewarding's: the rejected one may be a candidate of the first round's model.
+    anchored_rejection: bool = False
     gold_replay: float = 0.0  # DICE's gamma: this share of a round's training pairs is gold
 
     def __post_init__(self) -> None:
@@ -72,6 +74,11 @@ class PairsConfig:
         require(
             self.selection == "min_max" or self.length_control == 0,
             "length_control needs selection: min_max",
+        )
+        plain = self.selection == "min_max" and not (self.length_control or self.balance_length)
+        require(
+            plain or not self.anchored_rejection,
+            "anchored_rejection needs selection: min_max without length_control, balance_length",
         )
 
 

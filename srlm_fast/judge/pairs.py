@@ -53,10 +53,11 @@ def select_pairs(
     min_max: the best against the worst (SRLM section 2.2). max_chosen: the best against another
     one, drawn by `seed` and the prompt (SPA's code, for more than two). all: each against each.
     Equal scores make no pair, and of equals the one sampled first counts as the better or worse.
+    With `config.anchored_rejection` the best is one of this round's, and the worst of any round's.
     `config`'s other settings: see `judge.length`.
 
     A prompt without a pair is counted: "fewer than two judged" (a candidate without a finite
-    score is in no pair), or "tie".
+    score is in no pair), "none of this round judged", or "tie".
     """
     pairs: list[Pair] = []
     dropped: Counter[str] = Counter()
@@ -65,10 +66,15 @@ def select_pairs(
     if config.balance_length:
         penalty = balancing_penalty([group for group in groups if len(group) > 1])
     for group in groups:
+        group = [item.penalised(penalty) for item in group]
+        own = [i for i in group if i.sample.round == round] if config.anchored_rejection else group
         if len(group) < 2:
             dropped["fewer than two judged"] += 1
             continue
-        found = _choose([item.penalised(penalty) for item in group], config, seed)
+        if not own:
+            dropped["none of this round judged"] += 1
+            continue
+        found = _choose(own, group, config, seed)
         if not found:
             dropped["tie"] += 1
         pairs += [_pair(chosen, rejected, round) for chosen, rejected in found]
@@ -100,9 +106,14 @@ def _judged(group: Sequence[Sample], verdicts: Sequence[Judgement]) -> list[Judg
     ]
 
 
-def _choose(group: list[Judged], config: PairsConfig, seed: int) -> list[tuple[Judged, Judged]]:
-    """(chosen, rejected) of one prompt; every chosen one's value is above its rejected one's."""
-    best, worst = max(group, key=lambda item: item.value), min(group, key=lambda item: item.value)
+def _choose(
+    own: list[Judged], group: list[Judged], config: PairsConfig, seed: int
+) -> list[tuple[Judged, Judged]]:
+    """(chosen, rejected) of one prompt; every chosen one's value is above its rejected one's.
+
+    own: those of `group` that may be the best.
+    """
+    best, worst = max(own, key=lambda item: item.value), min(group, key=lambda item: item.value)
     if best.value == worst.value:
         return []
     if config.selection == "all":
@@ -111,7 +122,9 @@ def _choose(group: list[Judged], config: PairsConfig, seed: int) -> list[tuple[J
         others = [item for item in group if item.value < best.value]
         ids = ",".join(map(str, best.sample.prompt_ids))
         return [(best, random.Random(f"{seed}/{ids}").choice(others))]
-    return [length_controlled(group, config.length_control)]
+    if config.length_control:
+        return [length_controlled(group, config.length_control)]
+    return [(best, worst)]
 
 
 def _pair(chosen: Judged, rejected: Judged, round: int) -> Pair:

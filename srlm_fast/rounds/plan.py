@@ -38,7 +38,7 @@ def plan(config: Config, task: Task, folder: Path | None, ranks: Ranks = ALONE) 
 
 
 def _stages(config: Config, task: Task) -> list[tuple[str, str]]:
-    n, cfg = config.sampling.num_candidates, config.prompts
+    cfg = config.prompts
     stages = []
     if config.model == "sandbox":
         stages = [("pretrain M0", f"{config.sandbox.pretrain_steps} steps, cached")]
@@ -56,6 +56,9 @@ def _stages(config: Config, task: Task) -> list[tuple[str, str]]:
     loss = "spa" if config.refines_labels else config.preference.loss_type
     votes = config.judge.num_samples if config.judge.kind == "prompted" else 1
     for t in range(1, config.rounds + 1):
+        n = config.sampling.num_candidates
+        if config.pairs.anchored_rejection and t > 1:
+            n *= 2  # the first model's as well
         count = task.round_sizes[t - 1] if task.round_sizes else cfg.of_round(t)
         if cfg.source == "dataset":
             count = min(count, len(task.prompts))

@@ -29,6 +29,7 @@ from srlm_fast.judge.prompted import PromptedJudge
 from srlm_fast.prompts.self_instruct import new_prompts
 from srlm_fast.rounds import cream
 from srlm_fast.rounds.engine import Engine
+from srlm_fast.rounds.temporal import with_anchors
 
 T = TypeVar("T")
 NO_PAIRS = "start a new run that samples more candidates, at a higher temperature"
@@ -126,6 +127,8 @@ def candidates(engine: Engine, prompts: Sequence[Prompt], t: int) -> list[Sample
 
     def make() -> tuple[list[Sample], dict[str, Any]]:
         samples, dropped = engine.candidates(prompts, stage=f"candidates-{t}", round=t)
+        if engine.config.pairs.anchored_rejection:
+            samples = with_anchors(engine, prompts, samples, t)
         tokens = sum(len(s.response_ids) for s in samples)
         return samples, {"dropped": dict(dropped), "tokens": tokens}
 

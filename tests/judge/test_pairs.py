@@ -147,6 +147,27 @@ def test_the_penalty_that_balances_lengths_is_found(make_sample):
     assert texts(pairs) == [("1", "0"), ("0", "1")]
 
 
+def test_anchored_rejection_takes_the_best_of_this_round(group):
+    """And the worst of any; the others are the first model's, of round 0."""
+    config = PairsConfig(anchored_rejection=True)
+    rounds = [dataclasses.replace(s, round=r) for s, r in zip(group, (2, 2, 0, 0), strict=True)]
+    for scores, expected in (
+        ((3, 2, 5, 1), ("one", "four")),
+        ((3, 2, 5, 4), ("one", "two")),
+        ((3, 3, 3, 5), None),
+        ((None, 2, 5, 1), ("two", "four")),
+        ((2, None, 5, 2), None),
+    ):
+        pairs, dropped = select_pairs([rounds], [judgements(*scores)], 2, config)
+        assert texts(pairs) == ([expected] if expected else [])
+        assert dropped == ({} if expected else {"tie": 1})
+    for scores, reason in (
+        ((None, None, 5, 1), "none of this round judged"),
+        ((4, None, None, None), "fewer than two judged"),
+    ):
+        assert select_pairs([rounds], [judgements(*scores)], 2, config) == ([], {reason: 1})
+
+
 @pytest.mark.parametrize(
     ("settings", "complaint"),
     [
@@ -156,6 +177,9 @@ def test_the_penalty_that_balances_lengths_is_found(make_sample):
         ({"length_penalty": float("inf")}, "negative"),
         ({"selection": "best"}, "one of"),
         ({"length_penalty": 0.1, "balance_length": True}, "balance_length"),
+        ({"anchored_rejection": True, "selection": "all"}, "anchored_rejection needs"),
+        ({"anchored_rejection": True, "length_control": 0.1}, "anchored_rejection needs"),
+        ({"anchored_rejection": True, "balance_length": True}, "anchored_rejection needs"),
     ],
 )
 def test_senseless_settings_are_refused(settings, complaint):

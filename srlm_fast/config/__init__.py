@@ -47,6 +47,7 @@ class Config:
     template: str = "auto"  # chat template: the tokenizer's own, or a name in data/chat_templates
     seed: int = 0
     rounds: int = 2
+    online: bool = False  # sample, judge and train on the prompts of each optimiser step at once
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     use_liger_kernel: bool = False  # norms and MLPs in Liger's kernels, on a GPU

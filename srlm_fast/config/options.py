@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from srlm_fast.config.rules import require
 
 if TYPE_CHECKING:
-    from srlm_fast.config import Config
+    from srlm_fast.config import Config, PreferenceConfig
 
 
 def check_options(config: Config) -> None:
@@ -26,6 +26,8 @@ def check_options(config: Config) -> None:
     )
     if config.pairs.consistency != "off":
         _check_consistency(config)
+    if config.online:
+        _check_online(config)
 
 
 def _check_consistency(config: Config) -> None:
@@ -43,4 +45,34 @@ def _check_consistency(config: Config) -> None:
         not config.spa.no_seed or config.model == "sandbox",
         "pairs.consistency compares a model with the one before, and without a seed the first has"
         " none; set it to off, or spa.no_seed to false",
+    )
+
+
+def _check_online(config: Config) -> None:
+    pairs = config.pairs
+    require(
+        pairs.consistency == "off" and not pairs.gold_replay and not pairs.anchored_rejection,
+        "online makes the pairs of a step while it trains; pairs.consistency, gold_replay and"
+        " anchored_rejection are for rounds that make all pairs first: leave them out",
+    )
+    require(
+        config.srlm.training == "preference", "online needs pairs; set srlm.training to preference"
+    )
+    check_online_training(config.preference, config.spa.tau if config.refines_labels else None)
+
+
+def check_online_training(train: PreferenceConfig, tau: str | None) -> None:
+    """Raises UserError for what needs all pairs of a training beforehand, or whole weights in a
+    sharded one. tau: of SPA's refinement, if there is one."""
+    for name, off in (
+        ("save_steps", 0), ("eval_steps", 0), ("parallel", "replicate"), ("reference_cache", "none")
+    ):  # fmt: skip
+        require(
+            getattr(train, name) == off,
+            f"preference.{name} must be {off} where pairs are made while the training runs",
+        )
+    require(
+        tau != "dataset",
+        "spa.tau dataset scores all pairs of a round, which are not there while it trains online;"
+        " set it to window",
     )

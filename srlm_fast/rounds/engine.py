@@ -39,6 +39,7 @@ from srlm_fast.rounds.manifest import Run
 from srlm_fast.sampler import Sampler, SamplingParams
 from srlm_fast.sampler.sharded import ShardedSampler
 from srlm_fast.train.noise import Refinement
+from srlm_fast.train.online import Draw, train_online
 from srlm_fast.train.preference import train_preference
 from srlm_fast.train.sft import train_sft
 
@@ -148,6 +149,46 @@ class Engine:
 
         self._become(name, train)
 
+    def train_online(
+        self,
+        name: str,
+        draw: Draw,
+        steps: int,
+        *,
+        num_pairs: int,
+        fixed: Path,
+        refine: Refinement | None = None,
+    ) -> tuple[list[Pair], dict[str, Any]]:
+        """Train the resident model on what `draw` makes of it, and save it as `name`, which it is
+        once it is adopted. Returns the pairs and the summary."""
+        config = self._fit(self.config.preference)
+        self.sampler.sleep()
+        pairs, summary = train_online(
+            self.model,
+            self._compared_with(config, fixed),
+            draw,
+            steps,
+            config,
+            refine=refine,
+            num_pairs=num_pairs,
+            reference_is_start=config.reference == "previous",
+            seed=self.run.seed(name),
+            pad_id=self.template.pad_id,
+            log=self.run.logger(f"train/{name}"),
+            ranks=self.run.ranks,
+        )
+        self._save(name)
+        return pairs, summary
+
+    def adopt(self, name: str, summary: dict[str, Any]) -> None:
+        """Make the resident model `name`, which a stage has saved; `summary` is its training's."""
+
+        def load() -> dict[str, Any]:
+            self.use(self.folder(name))
+            return summary
+
+        self._become(name, load)
+
     def _compared_with(self, config: PreferenceConfig, fixed: Path) -> Any:
         if config.reference == "previous":
             if config.reference_cache == "none" or self.config.lora.r:
@@ -177,20 +218,12 @@ class Engine:
             "seed": self.run.seed(stage),
         }
         params = SamplingParams(**(settings | changes))
-        ids = [self.template.encode_prompt(p) for p in prompts]
-        fits = [i for i, x in enumerate(ids) if len(x) + cfg.max_new_tokens <= self.context]
-        if not prompts:
-            raise UserError(f"there are no prompts to sample from ({stage}); give some")
-        if not fits:
-            raise UserError(
-                f"no prompt leaves room for sampling.max_new_tokens = {cfg.max_new_tokens} in the "
-                f"model's context of {self.context} tokens; lower it or give shorter prompts"
-            )
-        outputs = self.sampler.generate([ids[i] for i in fits], params, progress="sampling")
+        fitting = self.with_room(prompts)
+        outputs = self.sampler.generate([ids for _, ids in fitting], params, progress="sampling")
         samples = [
             Sample(
-                prompt=prompts[i],
-                prompt_ids=tuple(ids[i]),
+                prompt=prompt,
+                prompt_ids=tuple(ids),
                 response=c.text,
                 response_ids=tuple(c.token_ids),
                 logprobs=tuple(c.logprobs),
@@ -199,10 +232,28 @@ class Engine:
                 seed=c.seed,
                 round=round,
             )
-            for i, output in zip(fits, outputs, strict=True)
+            for (prompt, ids), output in zip(fitting, outputs, strict=True)
             for c in output.outputs
         ]
-        return samples, Counter({"prompt too long": len(ids) - len(fits)})
+        return samples, Counter({"prompt too long": len(prompts) - len(fitting)})
+
+    def with_room(self, prompts: Sequence[Prompt]) -> list[tuple[Prompt, list[int]]]:
+        """Those that leave room for `sampling.max_new_tokens`, with their token ids.
+
+        Raises UserError when there is none.
+        """
+        room = self.context - self.config.sampling.max_new_tokens
+        encoded = [(prompt, self.template.encode_prompt(prompt)) for prompt in prompts]
+        fitting = [(prompt, ids) for prompt, ids in encoded if len(ids) <= room]
+        if not prompts:
+            raise UserError("there are no prompts to sample from; give some")
+        if not fitting:
+            raise UserError(
+                f"no prompt leaves room for sampling.max_new_tokens ="
+                f" {self.config.sampling.max_new_tokens} in the model's context of {self.context}"
+                " tokens; lower it or give shorter prompts"
+            )
+        return fitting
 
     def judge(self, stage: str, initial: Path, before: Path | None = None) -> Judge:
         """The judge of the configuration, on the resident model.
@@ -275,13 +326,16 @@ class Engine:
         def train_and_save() -> dict[str, Any]:
             self.sampler.sleep()  # training wants the memory, and outdates what is cached
             summary = train()
-            if self.run.ranks.main:
-                self.weights.save(self.tokenizer, self.folder(name))
+            self._save(name)
             return summary
 
         self.run.result(stage, train_and_save, made=f"models/{name}")
         self.resident = self.folder(name)
         return self._forget(name)
+
+    def _save(self, name: str) -> None:
+        if self.run.ranks.main:
+            self.weights.save(self.tokenizer, self.folder(name))
 
     def _state(self, name: str) -> Path:
         """Where a training that is under way keeps what it needs to go on."""

@@ -62,11 +62,16 @@ def _stages(config: Config, task: Task) -> list[tuple[str, str]]:
         count = task.round_sizes[t - 1] if task.round_sizes else cfg.of_round(t)
         if cfg.source == "dataset":
             count = min(count, len(task.prompts))
+        if config.online:  # which samples anew in every epoch
+            n *= config.preference.num_train_epochs
         tokens = count * n * config.sampling.max_new_tokens
         pairs = round(count / (1 - config.pairs.gold_replay))
         learned = "preference", f"at most {pairs} pairs, {loss}"
         if config.srlm.training == "positives":
             learned = "SFT", f"of the base model, at most {count * n} rows more by each round"
+        if config.online:
+            size = config.preference.per_device_train_batch_size
+            learned = "online", f"{loss}, sampling and judging {size} prompts a step"
         judged = f"{count * n} x {votes} votes"
         if config.judge.kind == "prompted":
             judged += f", {count * n * votes * config.judge.max_new_tokens:,} tokens"

@@ -6,6 +6,7 @@ from srlm_fast.config import Config
 from srlm_fast.data.task import Task
 from srlm_fast.rounds.engine import Engine
 from srlm_fast.rounds.evaluation import evaluate
+from srlm_fast.rounds.online import online_round
 from srlm_fast.rounds.replay import replayed
 from srlm_fast.rounds.stages import (
     best_and_worst,
@@ -46,13 +47,18 @@ def spread_preference_annotation(engine: Engine, task: Task) -> None:
 
     for i in range(1, config.rounds + 1):
         name = f"SPA{i}"
-        prompts = round_prompts(engine, task, i)
-        samples = candidates(engine, prompts, i)
-        verdicts = judgements(engine, samples, i, initial=initial, before=before)
-        pairs = best_and_worst(engine, samples, verdicts, i)
-        data = [*pairs, *replayed(engine, gold, pairs, i)]
-        refine = refinement(config, i)
-        engine.dpo(name, data, fixed=initial, refine=refine, eval_pairs=task.test_pairs)
+        prompts, refine = round_prompts(engine, task, i), refinement(config, i)
+        if config.online:
+            pairs = online_round(
+                engine, prompts, i, name, initial=initial, before=before, fixed=initial,
+                refine=refine,
+            )  # fmt: skip
+        else:
+            samples = candidates(engine, prompts, i)
+            verdicts = judgements(engine, samples, i, initial=initial, before=before)
+            pairs = best_and_worst(engine, samples, verdicts, i)
+            data = [*pairs, *replayed(engine, gold, pairs, i)]
+            engine.dpo(name, data, fixed=initial, refine=refine, eval_pairs=task.test_pairs)
         before, resident = resident, engine.folder(name)
         evaluate(
             engine, task, name, round=i, previous=previous, initial=initial, before=before,

@@ -6,6 +6,7 @@ from srlm_fast.data.records import Example, Pair, Sample
 from srlm_fast.data.task import Task
 from srlm_fast.rounds.engine import Engine
 from srlm_fast.rounds.evaluation import evaluate
+from srlm_fast.rounds.online import online_round
 from srlm_fast.rounds.spa import refinement
 from srlm_fast.rounds.stages import (
     best_and_worst,
@@ -42,16 +43,22 @@ def self_rewarding(engine: Engine, task: Task) -> None:
     previous, before = start, initial
     for t in range(1, config.rounds + 1):
         name, pairs = f"M{t + 1}", list[Pair]()
-        prompts = round_prompts(engine, task, t)
-        samples = candidates(engine, prompts, t)
-        verdicts = judgements(engine, samples, t, initial=initial, before=before)
-        if config.srlm.training == "positives":
-            rows += positive_examples(engine, samples, verdicts, t)
-            engine.use(engine.base)
-            engine.sft(name, rows)
+        prompts, refine = round_prompts(engine, task, t), refinement(config, t)
+        if config.online:
+            pairs = online_round(
+                engine, prompts, t, name, initial=initial, before=before,
+                fixed=engine.folder(start), refine=refine,
+            )  # fmt: skip
         else:
-            pairs = best_and_worst(engine, samples, verdicts, t)
-            engine.dpo(name, pairs, fixed=engine.folder(start), refine=refinement(config, t))
+            samples = candidates(engine, prompts, t)
+            verdicts = judgements(engine, samples, t, initial=initial, before=before)
+            if config.srlm.training == "positives":
+                rows += positive_examples(engine, samples, verdicts, t)
+                engine.use(engine.base)
+                engine.sft(name, rows)
+            else:
+                pairs = best_and_worst(engine, samples, verdicts, t)
+                engine.dpo(name, pairs, fixed=engine.folder(start), refine=refine)
         now = engine.folder(previous)
         evaluate(
             engine, task, name, round=t, previous=previous, initial=initial, before=now, pairs=pairs

@@ -71,7 +71,7 @@ def seed_pairs(engine: Engine, task: Task) -> list[Pair]:
         samples, dropped = engine.candidates(
             _seed_prompts(engine, task), stage="seed", round=0, n=2
         )
-        groups, unusable = drop_unusable(_by_prompt(samples), config.sampling.keep_truncated)
+        groups, unusable = drop_unusable(by_prompt(samples), config.sampling.keep_truncated)
         verdicts = [
             [Judgement(x) for x in task.annotate(g[0].prompt, [s.response for s in g])] if g else []
             for g in groups
@@ -132,7 +132,11 @@ def candidates(engine: Engine, prompts: Sequence[Prompt], t: int) -> list[Sample
         tokens = sum(len(s.response_ids) for s in samples)
         return samples, {"dropped": dict(dropped), "tokens": tokens}
 
-    samples = engine.run.records(f"round-{t}/samples", Sample, make)
+    return ended(engine, engine.run.records(f"round-{t}/samples", Sample, make))
+
+
+def ended(engine: Engine, samples: list[Sample]) -> list[Sample]:
+    """`samples`, and with `sampling.force_eos` those that were cut off end in an EOS."""
     if not engine.config.sampling.force_eos:
         return samples
     eos = engine.template.encode_response(user("question"), "answer")[-1]
@@ -156,7 +160,7 @@ def judgements(
 
     def make() -> tuple[list[Judgement], dict[str, Any]]:
         row = {id(s): i for i, s in enumerate(samples)}
-        usable, dropped = drop_unusable(_by_prompt(samples), engine.config.sampling.keep_truncated)
+        usable, dropped = drop_unusable(by_prompt(samples), engine.config.sampling.keep_truncated)
         groups = [group for group in usable if group]
         judge = engine.judge(f"judge-{t}", initial or engine.base, before)
         verdicts = judge.score([g[0].prompt for g in groups], groups)
@@ -194,7 +198,7 @@ def best_and_worst(
     def make() -> tuple[list[Pair], dict[str, Any]]:
         judged = {v.sample: v for v in verdicts}
         row = {id(s): i for i, s in enumerate(samples)}
-        groups = [[s for s in g if row[id(s)] in judged] for g in _by_prompt(samples)]
+        groups = [[s for s in g if row[id(s)] in judged] for g in by_prompt(samples)]
         pairs, dropped = select_pairs(
             groups, [[judged[row[id(s)]] for s in g] for g in groups], t, engine.config.pairs,
             seed=engine.run.seed(f"pairs-{t}"),
@@ -245,7 +249,8 @@ def _seed_prompts(engine: Engine, task: Task) -> list[Prompt]:
     return list(task.prompts[: 2 * engine.config.spa.num_seed_pairs]) if annotated else []
 
 
-def _by_prompt(samples: Sequence[Sample]) -> list[list[Sample]]:
+def by_prompt(samples: Sequence[Sample]) -> list[list[Sample]]:
+    """Neighbours that answer the same prompt."""
     return [list(group) for _, group in groupby(samples, key=lambda s: s.prompt)]
 
 

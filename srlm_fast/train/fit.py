@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +31,15 @@ StepFunction = Callable[[int, Sequence[int], Sequence[Sequence[int]]], Iterator[
 # Means over held-out data by name, the same on all ranks. It must leave everything as it was.
 Evaluate = Callable[[], dict[str, float]]
 
+
+class Plan(Protocol):
+    """The items of every step, asked for when it is their turn; a step may have none."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, step: int, /) -> Sequence[int]: ...
+
+
 OUT_OF_MEMORY = (
     "out of memory: a training whose weights are sharded cannot go on from there; set a lower"
     " micro_batch_tokens or gradient_checkpointing to true"
@@ -39,7 +49,7 @@ OUT_OF_MEMORY = (
 def fit(
     model: nn.Module,
     config: TrainConfig,
-    plan: Sequence[Sequence[int]],
+    plan: Plan,
     micro_batches: MicroBatches,
     step_function: StepFunction,
     *,
@@ -52,7 +62,8 @@ def fit(
     moving: MovingReference | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Trains `model` in place over the optimiser steps of `plan` (see `plan_steps`).
+    """Trains `model` in place over the optimiser steps of `plan` (see `plan_steps`). One without
+    items passes without an update.
 
     Dropout is off throughout, so that a result depends on its seeds alone and policy and reference
     are the same function. `log` gets means over the steps since its last call, with TRL's names,
@@ -86,11 +97,11 @@ def fit(
             training.restore(found)
         del found  # it maps a file, which will be deleted as later ones are written
         bar = tqdm(
-            plan[training.step :], name, len(plan), unit="step", initial=training.step,
+            range(training.step, len(plan)), name, len(plan), unit="step", initial=training.step,
             disable=None if ranks.main else True,
         )  # fmt: skip
-        for items in bar:
-            training.update(items)
+        for step in bar:
+            training.update(plan[step])
             if training.is_due(config.logging_steps, at_the_end=True):
                 training.report()
             if evaluate and training.is_due(config.eval_steps, at_the_end=config.eval_steps > 0):
@@ -109,7 +120,7 @@ class _Training:
         self,
         model: nn.Module,
         config: TrainConfig,
-        plan: Sequence[Sequence[int]],
+        plan: Plan,
         micro_batches: MicroBatches,
         step_function: StepFunction,
         log: Log,
@@ -133,6 +144,13 @@ class _Training:
 
     def update(self, items: Sequence[int]) -> None:
         """One step on `items`."""
+        if items:
+            self._learn(items)
+        self.step += 1
+        if self._moving:
+            self._moving.after_step(self.step)
+
+    def _learn(self, items: Sequence[int]) -> None:
         while (tokens := self._gradients(items)) is None:
             self._optimizer.discard()
             self._metrics.discard_step()
@@ -149,9 +167,6 @@ class _Training:
         self._losses = [*self._losses[:1], loss]
         factor = lr_factor(self._config, self.step, self._steps)
         self._metrics.end_step(*self._optimizer.step(loss, factor))
-        self.step += 1
-        if self._moving:
-            self._moving.after_step(self.step)
 
     def _gradients(self, items: Sequence[int]) -> int | None:
         """The tokens of a step whose gradients are collected; None: some rank's memory ran out."""
@@ -219,8 +234,9 @@ class _Training:
 
     def summary(self) -> dict[str, Any]:
         """What `fit` returns."""
+        losses = self._losses or [self._zero * math.nan]
         first, last, skipped = torch.stack(
-            [self._losses[0], self._losses[-1], self._optimizer.skipped]
+            [losses[0], losses[-1], self._optimizer.skipped]
         ).tolist()
         return {
             "steps": self._steps,

@@ -90,8 +90,9 @@ class Metrics:
     def read(self) -> dict[str, float]:
         """Means since the last read, of one transfer: loss and grad_norm over steps, the rest over
         what they count on all ranks; NaN if no step was taken."""
-        assert self._total is not None, "read() before any step"
-        totals = self._ranks.gather([self._total.tolist()])
+        nothing = self._like.new_zeros(4 + len(self._names))
+        total = nothing if self._total is None else self._total
+        totals = self._ranks.gather([total.tolist()])
         names = max(self._ranks.gather([self._names]), key=len)
         self._total = None
         grad_norm, steps = totals[0][:2]  # the same on all ranks

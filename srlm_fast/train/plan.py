@@ -29,6 +29,20 @@ def usable_items(
     """
     if not items:
         raise UserError("there is nothing to train on: the training set is empty")
+    kept, dropped = sort_out(items, max_length)
+    if not kept:
+        cure = (
+            f"use shorter prompts and responses, or raise max_length (now {max_length} tokens) as "
+            "far as the model's context allows"
+            if dropped["too_long"]
+            else "give rows that have a prompt and a response"
+        )
+        raise UserError(f"all {len(items)} {what} rows were dropped ({dict(dropped)}): {cure}")
+    return kept, dropped
+
+
+def sort_out(items: Sequence[Item], max_length: int) -> tuple[list[int], Counter[str]]:
+    """`usable_items`, of which there may be none."""
     kept: list[int] = []
     dropped: Counter[str] = Counter()
     for index, item in enumerate(items):
@@ -38,14 +52,6 @@ def usable_items(
             dropped["too_long"] += 1
         else:
             kept.append(index)
-    if not kept:
-        cure = (
-            f"use shorter prompts and responses, or raise max_length (now {max_length} tokens) as "
-            "far as the model's context allows"
-            if dropped["too_long"]
-            else "give rows that have a prompt and a response"
-        )
-        raise UserError(f"all {len(items)} {what} rows were dropped ({dict(dropped)}): {cure}")
     return kept, dropped
 
 

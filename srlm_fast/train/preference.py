@@ -110,7 +110,7 @@ def train_preference(
             micro_batches.forwards(kept, size) + micro_batches.forwards(held_out, size),
             forward.collate, cache or checkpoint, ranks,
         )  # fmt: skip
-        like = torch.zeros((), device=model.device, dtype=_wide(model.dtype))
+        like = torch.zeros((), device=model.device, dtype=wide(model.dtype))
         noise = NoiseDetector(
             refine, beta=config.beta, num_pairs=len(kept), steps=len(plan), like=like, ranks=ranks
         ) if refine else None  # fmt: skip
@@ -118,7 +118,7 @@ def train_preference(
         if config.sync_ref_model:
             moving = MovingReference(reference, model, config, len(plan))
         late = LateMeans(3 * len(plan) // 4, ranks)
-        steps = _Steps(
+        steps = PreferenceSteps(
             forward, compared, loss, kept, micro_batches, noise, late, ranks, reference_is_start
         )
 
@@ -131,7 +131,7 @@ def train_preference(
             parts={"late": late, **({"noise": noise} if noise else {})},
             moving=moving, seed=seed,
         )  # fmt: skip
-        late_means = _late(late.means(), config.beta)
+        late_means = late_summary(late.means(), config.beta)
         summary |= {"pairs": len(kept), "dropped": dict(dropped), **late_means}
         if held_out:
             summary["eval_dropped"] = eval_dropped
@@ -280,7 +280,7 @@ class PairForward:
     def _of_each_pair(self, indices: Sequence[int]) -> dict[str, Tensor]:
         if self.smoothing is None:
             return {}
-        own = torch.tensor([self.smoothing[i] for i in indices], dtype=_wide(self.model.dtype))
+        own = torch.tensor([self.smoothing[i] for i in indices], dtype=wide(self.model.dtype))
         return {"label_smoothing": own.to(self.model.device, non_blocking=True)}
 
     @torch.no_grad()
@@ -294,7 +294,7 @@ class PairForward:
         """The extrapolated margins (nats, no beta) of the items of all `micros`, which `ranks`
         share. Raises torch.OutOfMemoryError on every rank where it is raised on one."""
         sizes, memory_ran_out = [len(micro) for micro in micros], False
-        dtype = _wide(self.model.dtype)
+        dtype = wide(self.model.dtype)
         margins = torch.zeros(sum(sizes), device=self.model.device, dtype=dtype)
         parts = list(zip(micros, torch.split(margins, sizes), strict=True))
         try:
@@ -311,7 +311,7 @@ class PairForward:
 
 
 @dataclass(frozen=True)
-class _Steps:
+class PreferenceSteps:
     """What a step computes, and an evaluation; `kept` are all that the training has of `items`."""
 
     forward: PairForward
@@ -357,7 +357,7 @@ class _Steps:
         return len(indices), {"loss": result.losses.sum(), **metrics}
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
+def wide(dtype: torch.dtype) -> torch.dtype:
     """Of statistics: not narrower than fp32."""
     return torch.promote_types(dtype, torch.float32)
 
@@ -376,7 +376,7 @@ def _pair_metrics(result: PreferenceLoss, beta: float) -> dict[str, Tensor]:
     }
 
 
-def _late(means: dict[str, float], beta: float) -> dict[str, float]:
+def late_summary(means: dict[str, float], beta: float) -> dict[str, float]:
     """Of the summary: means over the last steps, changes of log-probs in nats."""
     return {
         "margins": means.get("rewards/margins", math.nan),

@@ -101,6 +101,8 @@ def script() -> None:
     run("sharded-killed", 2, words("sharded-killed", **SHARD), on_all("train/DPO", kill))
     shutil.copytree("sharded-killed/state", "sharded-state")
     run("sharded-resumed", 2, ["--resume", "--out", "sharded-killed"])
+    run("online-one", 1, words("online-one", **{"--online": "true"}))
+    run("online", 2, words("online", **{"--online": "true"}))
     run("refused", 2, words("refused"), on_one("train/SFT", refuse))
     run("lost", 2, words("lost"), on_one("train/SFT", kill))
     run("stopped", 2, words("stopped"), on_all("train/SFT", interrupt))
@@ -199,6 +201,11 @@ def test_another_number_of_processes_goes_on(runs: Path) -> None:
 def test_sharded_trainings_are_replicated_ones(runs: Path) -> None:
     assert codes(runs, "sharded") == [0, 0]
     assert_same_result(runs / "one", runs / "sharded", to_rounding=True)
+
+
+def test_online_rounds_are_those_of_one_process(runs: Path) -> None:
+    assert codes(runs, "online-one") == [0] and codes(runs, "online") == [0, 0]
+    assert_same_result(runs / "online-one", runs / "online", to_rounding=True)
 
 
 def test_a_run_that_is_killed_in_a_sharded_training_goes_on_in_it(runs: Path) -> None:

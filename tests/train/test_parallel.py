@@ -22,7 +22,7 @@ from srlm_fast.train.batches import Batch
 from srlm_fast.train.checkpoint import Checkpoints
 from srlm_fast.train.noise import Refinement
 from srlm_fast.train.plan import MicroBatches, plan_steps
-from srlm_fast.train.preference import _Steps, train_preference
+from srlm_fast.train.preference import PreferenceSteps, train_preference
 from srlm_fast.train.sft import train_sft
 from tests.srlm_kernels import ranks as processes
 from tests.train.tiny import draw_pairs, draw_rows, new_model
@@ -283,14 +283,14 @@ def held_out_pairs_are_shared():
 
 def memory_may_run_out_in_an_evaluation_on_one_rank():
     config, ranks = replace(CONFIG, eval_steps=2, per_device_train_batch_size=8), here()
-    plain, alone = _Steps.eval_sums, evaluated(ALONE, config)
+    plain, alone = PreferenceSteps.eval_sums, evaluated(ALONE, config)
 
     def limited(self, indices):
         if ranks.main and len(indices) > 1:
             raise torch.OutOfMemoryError("no room")
         return plain(self, indices)
 
-    small = mock.patch.object(_Steps, "eval_sums", limited)
+    small = mock.patch.object(PreferenceSteps, "eval_sums", limited)
     with small, warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         found = evaluated(ranks, config)

@@ -24,8 +24,6 @@ OPS = ("linear_logp", "linear_preference_loss", "prefix_attention")
 SAMPLER_OPS = "tree_attention, kv_write, sample"
 # extra of pyproject.toml: (distribution, the module whose import shows that it works)
 OPTIONAL = {
-    "flash": ("flash-attn", "flash_attn"),
-    "xformers": ("xformers", "xformers.ops"),
     "liger": ("liger-kernel", "liger_kernel.transformers"),
     "peft": ("peft", "peft"),
     "torchao": ("torchao", "torchao.optim"),

@@ -53,14 +53,14 @@ def test_probe_says_why_an_installed_package_cannot_be_used(
     (tmp_path / "broken_extra.py").write_text(body)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "broken_extra", raising=False)
-    line = env.probe("flash", "broken-extra", "broken_extra")
+    line = env.probe("liger", "broken-extra", "broken_extra")
     assert expected in line and "\n" not in line
     assert ("does not load" in line) == bool(body)
 
 
 def test_probe_names_the_extra_to_install() -> None:
-    line = env.probe("flash", "no-such-package", "no_such_package")
-    assert line == "not installed: pip install 'srlm_fast[flash]'"
+    line = env.probe("liger", "no-such-package", "no_such_package")
+    assert line == "not installed: pip install 'srlm_fast[liger]'"
 
 
 def test_importing_it_loads_nothing_optional() -> None:

@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
-from torch.nn.attention.flex_attention import create_mask, flex_attention
+from torch.nn.attention.flex_attention import create_block_mask, create_mask, flex_attention
 
 from srlm_kernels import PrefixPlan, prefix_attention, prefix_attention_flex
 from srlm_kernels.prefix_attention import refusal, sees
@@ -60,6 +60,23 @@ def test_the_mask(window: int | None, plan: PrefixPlan) -> None:
     padded = torch.nn.functional.pad(seen, (0, blocks * 128 - n, 0, blocks * 128 - n))
     occupied = padded.view(blocks, 128, blocks, 128).any(3).any(1)
     assert mask.to_dense()[0, 0].bool().equal(occupied)
+
+
+@pytest.mark.parametrize("window", [None, 60, 400])
+@pytest.mark.parametrize("rows", [128, 1024])
+def test_the_mask_is_the_one_that_all_pairs_at_once_would_give(
+    rows: int, window: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prefix_attention_flex, "_ROWS", rows)
+    for plan in (*PLANS.values(), PrefixPlan.of([(1500, [700, 3, 333]), (128, [128]), (40, [])])):
+        ours = prefix_attention_flex.block_mask(plan, window, CPU)
+        n = plan.total
+        theirs = create_block_mask(ours.mask_mod, None, None, n, n, device="cpu")
+        assert ours.seq_lengths == theirs.seq_lengths and ours.BLOCK_SIZE == theirs.BLOCK_SIZE
+        for name in ("kv", "full_kv", "q", "full_q"):
+            for part in (f"{name}_num_blocks", f"{name}_indices"):
+                assert getattr(ours, part).equal(getattr(theirs, part)), part
+                assert getattr(ours, part).dtype == getattr(theirs, part).dtype
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)

@@ -155,6 +155,22 @@ def check_that_the_model_comes_back(model: Any, sampler: Sampler) -> None:
     model.requires_grad_(True).eval()
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_gpu_gives_the_tokens_of_a_cpu(name: str) -> None:
+    """By Triton kernels and, where the model can be recorded, by graphs."""
+    model = FAMILIES[name]()
+    expected = [greedy(model, prompt) for prompt in PROMPTS]
+    sampler = Sampler(model.cuda())
+    assert sampler.backend == "paged (triton)"
+    outputs = sampler.generate(PROMPTS, GREEDY)
+    assert tokens(outputs) == [[ids, ids] for ids in expected]
+    scores = sampler.score(PROMPTS, [[ids] for ids in expected])
+    for output, (logps,) in zip(outputs, scores, strict=True):
+        found = torch.tensor(output.outputs[0].logprobs)
+        torch.testing.assert_close(found, logps, atol=1e-4, rtol=0)
+
+
 @pytest.mark.parametrize("name", UNSUPPORTED)
 def test_what_pages_cannot_serve_falls_back_with_one_warning(
     name: str, caplog: pytest.LogCaptureFixture

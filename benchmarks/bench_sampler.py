@@ -170,7 +170,8 @@ def _score_case(**case: Any) -> Case:
 
 
 @functools.cache
-def _model(name: str, dtype: str, device: str) -> Any:
+def model_of(name: str, dtype: str, device: str) -> Any:
+    """A Llama of random weights."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
@@ -182,7 +183,7 @@ def _model(name: str, dtype: str, device: str) -> Any:
 
 
 def _inputs(model: str, workload: Workload, dtype: str, device: str) -> Inputs:
-    return Inputs(_model(model, dtype, device), workload)
+    return Inputs(model_of(model, dtype, device), workload)
 
 
 def _samples(engine: Any, inputs: Inputs) -> Call:

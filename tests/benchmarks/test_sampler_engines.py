@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.bench_sampler import Inputs, Workload, _model
+from benchmarks.bench_sampler import Inputs, Workload, model_of
 from benchmarks.case import Unavailable, load_cases
 from benchmarks.rows import ROOT
 from benchmarks.sampler_engines import (
@@ -52,7 +52,7 @@ def no_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def task() -> Task:
-    return Task(_model("tiny", "float32", "cpu"), rows=6, length=105)
+    return Task(model_of("tiny", "float32", "cpu"), rows=6, length=105)
 
 
 def short(generate: Generate) -> Generate:

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 
+from srlm_fast.errors import UserError
 from srlm_fast.model.forward import hidden_states, lm_head
 
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -73,3 +74,16 @@ def test_no_logits_are_made_and_gradients_flow(make_model: Callable[..., Any]) -
     assert all(
         p.grad is not None for name, p in model.named_parameters() if name != "lm_head.weight"
     )
+
+
+def test_adapters_in_the_head_are_refused_while_they_are_on(make_model: Callable[..., Any]) -> None:
+    """They are no part of the weight that the fused head reads."""
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules=["lm_head"], task_type="CAUSAL_LM")
+    model = peft.get_peft_model(make_model(), config)
+    with pytest.raises(UserError, match="leave it out of target_modules"):
+        lm_head(model)
+    with model.disable_adapter():
+        assert lm_head(model).weight is model.get_base_model().lm_head.base_layer.weight
+    model.merge_adapter()
+    lm_head(model)

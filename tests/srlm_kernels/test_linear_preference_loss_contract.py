@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 from srlm_kernels import linear_preference_loss, losses
 
@@ -186,6 +187,23 @@ def test_offloading_hooks_see_no_gradient(problem, packed, implementation):
     loss.backward()
     assert torch.equal(offloaded.grad, hidden.grad)
     assert torch.equal(same_weight.grad, weight.grad)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_checkpointed_region_gives_the_same_gradients(problem, packed, reentrant):
+    """It runs the call twice; only `grad_weight_out` would count that."""
+    p = problem((5, 31, 123))
+    results = []
+    for region in (None, checkpoint):
+        leaves = p.trainable()[:2]
+
+        def loss(hidden, weight):
+            arguments = (p.target, packed(5), losses.dpo(BETA))
+            return linear_preference_loss(hidden.tanh(), weight, *arguments).loss
+
+        inside = loss(*leaves) if region is None else region(loss, *leaves, use_reentrant=reentrant)
+        results.append(grads_of(inside, leaves))
+    assert all(map(torch.equal, *results))
 
 
 def test_gradients_have_no_gradients(problem, packed):

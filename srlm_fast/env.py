@@ -1,44 +1,23 @@
 """What is installed, what this machine can do, and which implementation each op takes here.
 
-`python -m srlm_fast.env` prints it. Nothing optional is imported before it is asked about.
+`python -m srlm_fast.env` prints it; with `--model MODEL` also what a run would need in memory.
 """
 
 from __future__ import annotations
 
-import importlib
-import importlib.metadata
-import importlib.util
+import argparse
 import platform
+import sys
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-import srlm_fast
 import srlm_kernels
 from srlm_fast.errors import UserError
+from srlm_fast.installed import OPS, OPTIONAL, SAMPLER_OPS, probe, sampler_backend, versions
+from srlm_fast.recipes import load_config
 from srlm_kernels import native
-from srlm_kernels.backends import row_backend
-
-REQUIRED = ("torch", "triton", "transformers", "tokenizers", "safetensors", "numpy")
-OPS = ("linear_logp", "linear_preference_loss", "prefix_attention")
-SAMPLER_OPS = "tree_attention, kv_write, sample"
-# extra of pyproject.toml: (distribution, the module whose import shows that it works)
-OPTIONAL = {
-    "liger": ("liger-kernel", "liger_kernel.transformers"),
-    "peft": ("peft", "peft"),
-    "torchao": ("torchao", "torchao.optim"),
-    "trl": ("trl", "trl"),
-    "ray": ("ray", "ray"),
-    "track": ("trackio", "trackio"),
-    "datasets": ("datasets", "datasets"),
-}
-
-
-def versions() -> dict[str, str]:
-    """What a result depends on besides its configuration: the machine type and the versions."""
-    found = {"machine": platform.machine(), "python": platform.python_version()}
-    found["srlm_fast"] = srlm_fast.__version__
-    return found | {name: _version(name) or "not installed" for name in REQUIRED}
 
 
 def collect() -> dict[str, Any]:
@@ -55,35 +34,6 @@ def collect() -> dict[str, Any]:
         "extensions": {"C++ kernels": native.why()},
         "ops": _ops(),
     }
-
-
-def probe(extra: str, distribution: str, module: str) -> str:
-    """The version of an optional package, or why it cannot be used here."""
-    if importlib.util.find_spec(module.partition(".")[0]) is None:
-        return f"not installed: pip install 'srlm_fast[{extra}]'"
-    version = _version(distribution) or "unknown version"
-    try:
-        importlib.import_module(module)
-    # A binary built for another torch fails as RuntimeError or OSError as often as ImportError.
-    except Exception as error:
-        reason = (str(error).strip() or "no message").splitlines()[0]
-        return f"{version}, but does not load: {type(error).__name__}: {reason}"
-    return version
-
-
-def require(extra: str) -> None:
-    """Raises UserError, with the reason, where the optional package of `extra` cannot be used."""
-    distribution, module = OPTIONAL[extra]
-    found = probe(extra, distribution, module)
-    if found != (_version(distribution) or "unknown version"):
-        raise UserError(f"{distribution} is needed, and cannot be used here: {found}")
-
-
-def _version(distribution: str) -> str | None:
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _device() -> dict[str, str]:
@@ -114,20 +64,43 @@ def _ops() -> dict[str, str]:
     return found | {SAMPLER_OPS: sampler_backend()}
 
 
-def sampler_backend() -> str:
-    """What the ops of the sampler run in here: triton, cpp or torch."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return row_backend("auto", torch.empty(0, device=device))
+def memory(model: str, recipe: str, gigabytes: float | None = None) -> list[str]:
+    """What each phase of `recipe` with `model` (HF folder or hub id, weights or not) needs, in
+    lines: on this machine, or on a GPU of so many `gigabytes`. Raises UserError as a run would."""
+    from srlm_fast.model.load import check_folder
+    from srlm_fast.rounds.memory import RunMemory, planned_machine
+
+    config = load_config(recipe, {"model": model})
+    machine = planned_machine("auto" if gigabytes is None else "cuda", gigabytes)
+    found = RunMemory.of(config, check_folder(model, weights=False), machine)
+    try:
+        found.check()
+    except UserError as refusal:
+        return [*found.lines(), f"too much: {refusal}"]
+    return found.lines()
 
 
-def main() -> None:
-    """Print `collect()` as short tables."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print `collect()` as short tables, and `memory` if that is asked for; the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m srlm_fast.env", description=__doc__)
+    parser.add_argument("--model", help="say what this HF folder or hub id needs in memory, too")
+    parser.add_argument("--recipe", default="srlm", help="in a run of that recipe (default: srlm)")
+    parser.add_argument("--memory", type=float, help="on a GPU of so many GB, not on this machine")
+    args = parser.parse_args(argv)
     for title, rows in collect().items():
         print(title)
         width = max(map(len, rows))
         for name, value in rows.items():
             print(f"  {name:<{width}}  {value}")
+    if args.model:
+        try:
+            lines = memory(args.model, args.recipe, args.memory)
+        except UserError as error:
+            print(f"srlm_fast: {error}", file=sys.stderr)
+            return 2
+        print(f"memory of {args.model}, recipe {args.recipe}", *lines, sep="\n  ")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -26,6 +26,9 @@ from srlm_fast.judge.judge_prompt import load_judge_prompt
 from srlm_fast.judge.scorer import load_scorer, scorer_file
 from srlm_fast.model.load import (
     check_folder,
+    context_of,
+    has_tokenizer,
+    has_weights,
     load_tokenizer,
     resolve_device,
     resolve_folder,
@@ -34,13 +37,16 @@ from srlm_fast.parallel import ALONE, Ranks
 from srlm_fast.prompts.task_list import load_task_list
 from srlm_fast.rounds.engine import Engine
 from srlm_fast.rounds.manifest import Run, file_digest
-from srlm_fast.rounds.plan import check_memory, check_training
+from srlm_fast.rounds.memory import Machine, RunMemory, machine_here, weights_dtype
+from srlm_fast.rounds.plan import check_training
 from srlm_fast.rounds.spa import spread_preference_annotation
 from srlm_fast.rounds.srlm import self_rewarding
 from srlm_fast.rounds.summary import summarise
 from srlm_fast.rounds.trackers import Trackers, check_trackers
+from srlm_fast.sandbox.model import new_model
 from srlm_fast.sandbox.pretrain import RECORD, make_base_model
 from srlm_fast.sandbox.task import make_task
+from srlm_fast.sandbox.tokenizer import make_tokenizer
 from srlm_kernels.losses import LOSSES
 
 METHODS: dict[str, Callable[[Engine, Task], None]] = {
@@ -54,15 +60,22 @@ class Job:
     """What passed its checks: the configuration, the data, and the model to start from.
 
     folder: of the start model; None where the sandbox makes it inside the run.
+    missing: what the folder of a model that is only planned with does not have.
     """
 
     config: Config
     task: Task
     folder: Path | None
+    memory: RunMemory
+    missing: tuple[str, ...] = ()
 
 
-def prepare(config: Config, ranks: Ranks = ALONE) -> Job:
-    """Check all that can be checked before the run starts. Raises UserError."""
+def prepare(config: Config, ranks: Ranks = ALONE, planned: Machine | None = None) -> Job:
+    """Check all that can be checked before the run starts. Raises UserError.
+
+    planned: on what a run is planned that does not start here. Its model needs no weights then and
+    no tokenizer, and whether it fits is not checked.
+    """
     if config.preference.loss_type not in LOSSES:
         known = ", ".join(LOSSES)
         raise UserError(f"unknown preference.loss_type; known are {known}")
@@ -82,19 +95,26 @@ def prepare(config: Config, ranks: Ranks = ALONE) -> Job:
     if config.judge.kind == "scorer":
         load_scorer(config.judge.scorer)
     check_trackers(config.report_to)
-    ranks.check_device(config.device)
-    resolve_device(config.device)
+    if not planned:
+        ranks.check_device(config.device)
+    machine = planned or machine_here(resolve_device(config.device), ranks)
+    folder: Path | None = None
+    missing: tuple[str, ...] = ()
     if config.model == "sandbox":
-        check_training(config, None)
-        folder, task = None, make_task(config)
+        model_config = new_model(make_tokenizer(), seed=0).config
     else:
-        folder = resolve_folder(config.model)
-        ChatTemplate(load_tokenizer(str(folder)), config.template)
-        _check_room(config, check_folder(str(folder)))
-        check_training(config, folder)
-        check_memory(config, folder, ranks)
-        _check_reference(config, folder)
-        task = task_from_files(config)
+        folder = resolve_folder(config.model, weights=not planned)
+        missing = _missing(folder) if planned else ()
+        model_config = check_folder(str(folder), weights="weights" not in missing)
+        if "tokenizer files" not in missing:
+            ChatTemplate(load_tokenizer(str(folder)), config.template)
+            _check_reference(config, folder, model_config, weights=not planned)
+        _check_room(config, context_of(model_config))
+    check_training(config, weights_dtype(config, model_config, machine.device), machine.device)
+    memory = RunMemory.of(config, model_config, machine, ranks)
+    if folder and not planned:
+        memory.check()
+    task = task_from_files(config) if folder else make_task(config)
     if config.sft.eval_steps or (config.preference.eval_steps and not task.test_pairs):
         raise UserError(
             "eval_steps needs held-out data, and only spa on data.preferences has some (the test "
@@ -107,7 +127,12 @@ def prepare(config: Config, ranks: Ranks = ALONE) -> Job:
             "prompts.source is self_instruct, which shows the model instructions of IFT data, and"
             f" {config.method} has none here; set --prompts.source dataset"
         )
-    return Job(config, task, folder)
+    return Job(config, task, folder, memory, missing)
+
+
+def _missing(folder: Path) -> tuple[str, ...]:
+    there = {"weights": has_weights(folder), "tokenizer files": has_tokenizer(folder)}
+    return tuple(name for name, is_there in there.items() if not is_there)
 
 
 def inputs(job: Job) -> dict[str, str]:
@@ -127,19 +152,20 @@ def inputs(job: Job) -> dict[str, str]:
     return found
 
 
-def _check_reference(config: Config, folder: Path) -> None:
+def _check_reference(config: Config, folder: Path, model_config: Any, *, weights: bool) -> None:
     """A judge's reference that is a model of its own must read what the run's model writes."""
     name = config.judge.reference_model
     if not name:
         return
-    reference = resolve_folder(name)
+    reference = resolve_folder(name, weights=weights)
     ours, theirs = (load_tokenizer(str(f)).get_vocab() for f in (folder, reference))
     if not ours.items() <= theirs.items():
         raise UserError(
             f"judge.reference {name} has other token ids than the model, so it cannot score what"
             " the model samples; give the model that it was trained from"
         )
-    if check_folder(str(reference)) < check_folder(str(folder)):
+    found = check_folder(str(reference), weights=weights)
+    if context_of(found) < context_of(model_config):
         raise UserError(
             f"judge.reference {name} has a shorter context than the model; give the model that it"
             " was trained from"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import io
 import logging
+import math
 import os
 import signal
 import sys
@@ -23,6 +24,10 @@ from srlm_fast.parallel import ALONE, Ranks, start
 from srlm_fast.recipes import load_config, recipe_names, to_yaml
 
 RUNS = Path("runs")
+_INSTEAD = {
+    "weights": "parameters are counted from its config.json",
+    "tokenizer files": "a run needs them",
+}
 
 
 @dataclass
@@ -61,22 +66,37 @@ def _run(words: list[str], attempt: _Attempt) -> None:
         print(to_yaml(config), end="")
         return
     # Heavy imports come late, so that a wrong word on the command line answers at once.
-    from srlm_fast.env import versions
+    from srlm_fast.installed import versions
     from srlm_fast.job import execute, inputs, prepare
     from srlm_fast.rounds.manifest import Run
-    from srlm_fast.rounds.plan import plan
 
-    job = prepare(config, ranks)
     if args.dry_run:
-        if ranks.main:
-            print(plan(job.config, job.task, job.folder, ranks))
+        _plan(config, args.memory, ranks)
         return
+    job = prepare(config, ranks)
     made_with = {**versions(), "processes": str(ranks.world)}
     found = inputs(job) if ranks.main else {}
     with closing(Run(folder, config, made_with, found, ranks)) as run:
         attempt.folder = folder
         print(execute(job, run))
     print(f"report: {folder / 'report.html'}")
+
+
+def _plan(config: Config, gigabytes: float | None, ranks: Ranks) -> None:
+    """Prints the plan of a run, then raises UserError where it could not begin for want of memory:
+    of a device with so many `gigabytes`, or of this one, unless the model's weights are not here
+    anyway."""
+    from srlm_fast.job import prepare
+    from srlm_fast.rounds.memory import planned_machine
+    from srlm_fast.rounds.plan import plan
+
+    job = prepare(config, ranks, planned_machine(config.device, gigabytes, ranks))
+    print(plan(job.config, job.task, job.memory))
+    for what, instead in _INSTEAD.items():
+        if what in job.missing:
+            print(f"  there are no {what} in {job.folder}: {instead}")
+    if gigabytes or "weights" not in job.missing:
+        job.memory.check()
 
 
 @contextmanager
@@ -125,6 +145,13 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; --help lists the options")
 
 
+def _gigabytes(text: str) -> float:
+    size = float(text)
+    if not 0 < size < math.inf:
+        raise ValueError
+    return size
+
+
 def _parse(argv: list[str]) -> tuple[argparse.Namespace, dict[str, str]]:
     parser = _Parser(
         prog="python -m srlm_fast.loop",
@@ -138,8 +165,11 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, dict[str, str]]:
     parser.add_argument("--resume", action="store_true", help="go on with --out, or the latest run")
     parser.add_argument("--print-config", action="store_true", help="print the settings and stop")
     parser.add_argument("--dry-run", action="store_true", help="print the plan and stop")
+    parser.add_argument("--memory", type=_gigabytes, help="plan for a device of so many GB")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args, rest = parser.parse_known_args(argv)
+    if args.memory and not args.dry_run:
+        parser.error("--memory is for --dry-run: a run takes the memory that it finds")
     overrides: dict[str, str] = {} if args.model is None else {"model": args.model}
     while rest:
         key, equals, value = rest.pop(0).partition("=")

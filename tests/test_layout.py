@@ -20,7 +20,7 @@ SOURCES = sorted(
 FLOORS = (
     {"srlm_kernels"},
     {"errors"},
-    {"config", "env", "parallel"},
+    {"config", "installed", "parallel"},
     {"recipes"},
     {"data"},
     {"model"},
@@ -28,7 +28,7 @@ FLOORS = (
     {"judge", "prompts", "evaluate"},
     {"rounds", "sandbox"},
     {"job"},
-    {"loop", "integrations"},
+    {"loop", "env", "integrations"},
 )
 FLOOR_OF = {part: floor for floor, parts in enumerate(FLOORS) for part in parts}
 IMPLEMENTATIONS = ("_chunked", "_tiled", "_triton")

@@ -48,6 +48,31 @@ def test_dry_run_starts_nothing(capsys: pytest.CaptureFixture[str], tmp_path: Pa
     assert not out.exists()
 
 
+def test_dry_run_of_a_model_of_which_only_the_configuration_is_there(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text(new_model(make_tokenizer(), seed=0).config.to_json_string())
+    pairs = [{"prompt": f"p{i}", "chosen": "yes", "rejected": "no"} for i in range(8)]
+    data = tmp_path / "pairs.jsonl"
+    data.write_text("\n".join(map(json.dumps, pairs)))
+    argv = ["--recipe", "spa", "--model", str(folder), "--data.preferences", str(data)]
+    argv += ["--data.num_gold", "2", "--data.num_test_pairs", "1", "--rounds", "1"]
+    argv += ["--prompts.num_prompts", "3", "--sampling.max_new_tokens", "50"]
+    out = ["--out", str(tmp_path / "run")]
+    assert main([*argv, *out, "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert "0.8M parameters in float32" in said and "scoring: at most" in said
+    assert "no weights in" in said and "no tokenizer files in" in said
+    assert main([*argv, *out, "--dry-run", "--device", "cuda", "--memory", "24"]) == 0
+    assert "24.00 GB are free" in capsys.readouterr().out
+    assert "GB at the least" in complaint(capsys, *argv, *out, "--dry-run", "--memory", "0.001")
+    assert "--memory is for --dry-run" in complaint(capsys, *argv, *out, "--memory", "24")
+    assert "no weights" in complaint(capsys, *argv, *out)
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize(
     ("argv", "cure"),
     [
@@ -65,6 +90,8 @@ def test_dry_run_starts_nothing(capsys: pytest.CaptureFixture[str], tmp_path: Pa
         (["--recipe", "spa", "--model", "no/such/folder"], "no/such/folder"),
         (["--resume", "--out", "no/such/run"], "holds no run to resume"),
         (["--device", "cuda:99"], "cuda:99"),
+        (["--device", "cuda:99", "--dry-run"], "--memory"),
+        (["--dry-run", "--memory", "0"], "--memory"),
         (["--sandbox.world", "W9"], "W9"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
@@ -94,6 +121,7 @@ def test_data_mistakes(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> No
     model = tmp_path / "model"
     model.mkdir()
     (model / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    (model / "pytorch_model.bin").touch()
     spa = ["--recipe", "spa", "--model", str(model), "--out", str(tmp_path / "run")]
     assert "no tokenizer" in complaint(capsys, *spa, "--data.preferences", "x.jsonl")
 

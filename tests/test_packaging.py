@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from srlm_fast.env import OPTIONAL
+from srlm_fast.installed import OPTIONAL
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from srlm_fast.config import LoraConfig
-from srlm_fast.env import require
 from srlm_fast.errors import UserError
+from srlm_fast.installed import require
 from srlm_fast.model.weights import save_folder
 
 POLICY, ROUND_START, _UNTRAINED = "policy", "round_start", "untrained"

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from srlm_fast.env import require
 from srlm_fast.errors import UserError
+from srlm_fast.installed import require
 
 
 def check_liger(device: torch.device) -> None:

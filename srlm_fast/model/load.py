@@ -18,6 +18,7 @@ from transformers.utils import logging
 from srlm_fast.errors import UserError
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+_OTHER_WEIGHTS = ["*.h5", "*.ot", "*.msgpack", "*.pth", "*.pt", "*.gguf", "*.onnx*", "original/*"]
 _CONTEXT_FIELDS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
 _CAUSAL_CLASSES = ("ForCausalLM", "LMHeadModel")
 _ADAPTERS = "adapter_config.json"
@@ -91,7 +92,7 @@ def load_tokenizer(path: str) -> Any:
     """
     _check_path(path)
     folder = Path(path)
-    if folder.is_dir() and not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+    if folder.is_dir() and not has_tokenizer(folder):
         raise UserError(
             f"model folder {path} has no tokenizer (none of {', '.join(_TOKENIZER_FILES)});"
             " copy the tokenizer files of the model into it"
@@ -108,35 +109,47 @@ def load_tokenizer(path: str) -> Any:
     return tokenizer
 
 
-def resolve_folder(path: str) -> Path:
-    """The local folder of a model: `path` itself, or the hub's snapshot of it.
+def resolve_folder(path: str, *, weights: bool = True) -> Path:
+    """The local folder of a model: `path` itself, or the hub's snapshot of it, with its `weights`
+    or without.
 
     Raises UserError when it is neither, or the hub cannot be reached.
     """
     _check_path(path)
     if Path(path).is_dir():
         return Path(path)
+    unwanted = _unused_files(path) if weights else ["*.safetensors", "*.bin", *_OTHER_WEIGHTS]
     try:
-        return Path(snapshot_download(path, ignore_patterns=_unused_files(path)))
+        return Path(snapshot_download(path, ignore_patterns=unwanted))
     except Exception as error:  # a dozen kinds: offline, unknown, gated, disk
         raise UserError(f"cannot get model {path} from the hub: {_first(error)}") from error
 
 
-def check_folder(path: str) -> int:
-    """The context length of the model of `path`, of which only the headers are read: what can be
-    found wrong before a run starts, without the time and memory that its weights take.
+def has_weights(folder: Path) -> bool:
+    """Whether there are files of weights."""
+    return any(any(folder.glob(pattern)) for pattern in ("*.safetensors", "*.bin"))
 
-    Raises UserError when it is no causal LM, has no weight files, or one is damaged or cut short.
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether there are files of a tokenizer."""
+    return any((folder / name).is_file() for name in _TOKENIZER_FILES)
+
+
+def check_folder(path: str, *, weights: bool = True) -> Any:
+    """The configuration of the model of `path`, of whose weights only the headers are read: what
+    can be found wrong before a run starts, without the time and memory that they take.
+
+    Raises UserError when it is no causal LM, has no weight files (unless it may: `weights` False),
+    or one is damaged or cut short.
     """
-    folder = resolve_folder(path)
+    folder = resolve_folder(path, weights=weights)
     with quiet_transformers():
         config = _causal_config(str(folder))
-    tensors = sorted(folder.glob("*.safetensors"))
-    if not tensors and not any(folder.glob("*.bin")):
+    if weights and not has_weights(folder):
         raise UserError(
             f"model folder {folder} has no weights (*.safetensors or *.bin); copy them into it"
         )
-    for file in tensors:
+    for file in sorted(folder.glob("*.safetensors")):
         try:
             with safe_open(file, framework="pt"):
                 pass
@@ -145,16 +158,15 @@ def check_folder(path: str) -> int:
                 f"cannot read the weights {file}: {_first(error)}; copy the file again (a git clone"
                 " needs git lfs pull)"
             ) from error
-    return _context(config.get_text_config(decoder=True))
+    return config
 
 
 def _unused_files(path: str) -> list[str]:
     """Patterns of the hub's files that are not needed: weights of other formats."""
-    others = ["*.h5", "*.ot", "*.msgpack", "*.pth", "*.pt", "*.gguf", "*.onnx*", "original/*"]
     with suppress(Exception):  # offline: what is cached will do
         if any(name.endswith(".safetensors") for name in list_repo_files(path)):
-            others.append("*.bin")
-    return others
+            return [*_OTHER_WEIGHTS, "*.bin"]
+    return _OTHER_WEIGHTS
 
 
 def eos_token_ids(model: Any, tokenizer: Any = None) -> tuple[int, ...]:
@@ -171,10 +183,12 @@ def eos_token_ids(model: Any, tokenizer: Any = None) -> tuple[int, ...]:
 
 def context_length(model: Any) -> int:
     """Most tokens (prompt and response together) that the model's positions allow."""
-    return _context(text_config(model))
+    return context_of(model.config)
 
 
-def _context(config: Any) -> int:
+def context_of(config: Any) -> int:
+    """`context_length` of the model of a configuration."""
+    config = config.get_text_config(decoder=True)
     for name in _CONTEXT_FIELDS:
         value = getattr(config, name, None)
         if isinstance(value, int) and value > 0:

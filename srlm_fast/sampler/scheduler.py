@@ -9,14 +9,14 @@ from srlm_fast.sampler.forest import PrefixForest
 from srlm_fast.sampler.pool import OutOfPages
 from srlm_fast.sampler.rows import Row
 
-_LOOKAHEAD = 256  # tokens of every running row that admission leaves room for
+LOOKAHEAD = 256  # tokens of every running row that admission leaves room for
 
 
 class Scheduler:
     """Runs `rows` in their order, at most `most` at once, on the pages of `forest`.
 
     The whole batch is known, so rows of one prompt come together and are admitted together. Memory
-    is promised for `_LOOKAHEAD` tokens a row, not for max_tokens: should rows be longer, the
+    is promised for `LOOKAHEAD` tokens a row, not for max_tokens: should rows be longer, the
     youngest give up their own pages, keep their tokens, and come back later. Each row must fit the
     pool alone.
     """
@@ -66,7 +66,7 @@ class Scheduler:
         return ended
 
     def _promised(self, row: Row) -> int:
-        return max(0, row.pages_for(len(row.tokens) + _LOOKAHEAD) - len(row.pages))
+        return max(0, row.pages_for(len(row.tokens) + LOOKAHEAD) - len(row.pages))
 
     def _hold(self, row: Row, tokens: int) -> bool:
         """Whether the row now has pages for the keys of `tokens` drawn tokens."""

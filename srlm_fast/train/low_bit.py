@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from srlm_fast.config import TrainConfig
-from srlm_fast.env import require
 from srlm_fast.errors import UserError
+from srlm_fast.installed import require
 
 
 def adamw_8bit(groups: list[dict[str, Any]], config: TrainConfig) -> Any:

@@ -13,15 +13,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PretrainedConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from srlm_fast.config import LoraConfig, TrainConfig
-from srlm_fast.model.adapters import add_lora
+from srlm_fast.config import TrainConfig
 from srlm_fast.model.attention import attention_named
 from srlm_fast.model.checkpointing import checkpointed, layers_of
 from srlm_fast.model.forward import hidden_states
 from srlm_fast.model.load import text_config
+from srlm_fast.model.sizes import count_parameters
 from srlm_kernels.plan import chunk_rows
 
 _NAME = "srlm_sized"
@@ -48,39 +47,39 @@ class TrainMemory:
     """Before weights are shared out, when model and reference are whole."""
 
     @property
+    def least(self) -> int:
+        """Of the start and of an update, however little is computed."""
+        held = self.weights + self.reference + self.optimizer + self.gradients
+        return max(held, self.start)
+
+    @property
     def peak(self) -> int:
-        """The largest of the loss, with all activations, the update, with all gradients, and the
-        start."""
+        """The largest of the start, an update, and the loss with all activations."""
         held = self.weights + self.reference + self.optimizer
         before = self.gradients if self.accumulates else 0
-        step = held + max(before + (self.activations or 0) + self.head, self.gradients)
-        return max(step, self.start)
+        return max(self.least, held + before + (self.activations or 0) + self.head)
 
 
 def train_memory(
-    config: PretrainedConfig,
+    model: Any,
     train: TrainConfig,
     *,
-    dtype: torch.dtype,
     device: torch.device,
     tokens: int,
     rows: int,
     longest: int,
     forwards: int = 1,
     reference: bool = False,
-    lora: LoraConfig | None = None,
     shares: int = 1,
 ) -> TrainMemory:
-    """The peak of training a model of `config` in `dtype` on `device`.
+    """The peak of training `model`, which is without data, adapters included, on `device`.
 
     tokens, rows: computed and scored (response) tokens of the largest forward; longest: tokens of a
     prompt with its responses; forwards: in a step; reference: a frozen copy of what trains is
-    there; lora: adapters that train in the place of all weights; shares: into so many the weights
-    are cut, of which one is held (`train.parallel`).
+    there; shares: into so many the weights are cut, of which one is held (`train.parallel`).
     """
-    model = _without_data(config, dtype, lora)
-    count, trained = sum(p.numel() for p in model.parameters()), _trained(model)
-    size = dtype.itemsize
+    count, trained = count_parameters(model), count_parameters(model, trained=True)
+    size = model.dtype.itemsize
     weights = model.get_output_embeddings().weight
     vocab, width = weights.shape
     half = size < 4
@@ -90,7 +89,7 @@ def train_memory(
     return TrainMemory(
         weights=count * size // shares + (_gathered(model) * size if shares > 1 else 0),
         reference=trained * size // shares if reference else 0,
-        optimizer=trained * optimizer_bytes(train, dtype) // shares,
+        optimizer=trained * optimizer_bytes(train, model.dtype) // shares,
         gradients=trained * (6 if half else 4) // shares,
         activations=_activations(
             model, train.gradient_checkpointing, tokens, longest if device.type == "cpu" else 0
@@ -110,26 +109,11 @@ def optimizer_bytes(train: TrainConfig, dtype: torch.dtype) -> int:
     return moments + (4 if has_master else 0)
 
 
-def lora_parameters(config: PretrainedConfig, lora: LoraConfig) -> int:
-    """Of an adapter. Raises UserError where `add_lora` would."""
-    return _trained(_without_data(config, torch.bfloat16, lora))
-
-
-def _without_data(config: PretrainedConfig, dtype: torch.dtype, lora: LoraConfig | None) -> Any:
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]
-        return add_lora(model, lora) if lora and lora.r else model
-
-
-def _trained(model: nn.Module) -> int:
-    return sum(p.numel() for p in model.parameters() if p.requires_grad)
-
-
 def _gathered(model: Any) -> int:
     """Weights that are whole at once where they are sharded: a layer, the embedding, the head."""
-    layer = max(sum(p.numel() for p in layer.parameters()) for layer in layers_of(model))
+    layers = [sum(p.numel() for p in layer.parameters()) for layer in layers_of(model)]
     ends = model.get_input_embeddings().weight, model.get_output_embeddings().weight
-    return int(layer + sum(weight.numel() for weight in ends))
+    return int(max(layers, default=0) + sum(weight.numel() for weight in ends))
 
 
 def _activations(model: nn.Module, checkpointing: bool, tokens: int, longest: int) -> int | None:

@@ -8,7 +8,7 @@ import torch
 
 from benchmarks import pair_batch, rows, shapes
 from benchmarks.case import discover, load_cases
-from srlm_fast.env import OPS
+from srlm_fast.installed import OPS
 
 BENCHMARKS = rows.ROOT / "benchmarks"
 Bench = Callable[..., list[dict[str, Any]]]

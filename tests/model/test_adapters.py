@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from srlm_fast import env
+from srlm_fast import installed
 from srlm_fast.config import LoraConfig
 from srlm_fast.errors import UserError
 from srlm_fast.model.adapters import POLICY, Adapters, active_state, add_lora
@@ -18,7 +18,7 @@ from srlm_fast.model.load import load_model
 LORA = LoraConfig(r=4, lora_alpha=8)
 BASE = Path("base")
 needs_peft = pytest.mark.skipif(
-    env.probe("peft", "peft", "peft").startswith("not"), reason="no peft"
+    installed.probe("peft", "peft", "peft").startswith("not"), reason="no peft"
 )
 
 
@@ -160,7 +160,7 @@ def test_modules_that_cannot_have_one(
 
 
 def test_without_peft(monkeypatch: pytest.MonkeyPatch, make_model: Callable[..., Any]) -> None:
-    monkeypatch.setattr(env, "probe", lambda *names: "not installed: pip install it")
+    monkeypatch.setattr(installed, "probe", lambda *names: "not installed: pip install it")
     with pytest.raises(
         UserError, match=r"peft is needed, and cannot be used here: not installed: pip"
     ):

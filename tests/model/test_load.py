@@ -14,6 +14,7 @@ from srlm_fast.errors import UserError
 from srlm_fast.model.load import (
     check_folder,
     context_length,
+    context_of,
     eos_token_ids,
     load_model,
     load_tokenizer,
@@ -123,10 +124,10 @@ def test_damaged_tokenizer(name: str, text: str, folder: Path) -> None:
         load_tokenizer(str(folder))
 
 
-def test_check_folder_gives_the_context_length(folder: Path) -> None:
-    assert check_folder(str(folder)) == 64
+def test_check_folder_gives_the_configuration(folder: Path) -> None:
+    assert context_of(check_folder(str(folder))) == 64
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    assert check_folder(str(folder)) == 64
+    assert context_of(check_folder(str(folder))) == 64
 
 
 def test_check_folder_refuses_what_has_no_weights_or_is_no_causal_lm(folder: Path) -> None:

@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from benchmarks.train_engines import random_pairs
 from srlm_fast.config import LoraConfig, PreferenceConfig
 from srlm_fast.model.adapters import Adapters
+from srlm_fast.model.sizes import without_data
 from srlm_fast.model.weights import frozen_copy
 from srlm_fast.train.memory import train_memory
 from srlm_fast.train.preference import train_preference
@@ -29,23 +30,20 @@ def main(case: dict[str, Any]) -> None:
     )
     lora = LoraConfig(**case["lora"])
     items, item = train.micro_batch_size or pairs, prompt + 2 * response
+    dtype = getattr(torch, case["dtype"])
     predicted = train_memory(
-        AutoConfig.for_model(**case["model"]),
+        without_data(AutoConfig.for_model(**case["model"]), dtype, lora),
         train,
-        dtype=getattr(torch, case["dtype"]),
         device=torch.device("cpu"),
         tokens=items * item,
         rows=2 * items * response,
         longest=item,
         forwards=pairs // items,
         reference=True,
-        lora=lora,
     )
 
     def run(shape: dict[str, Any], *size: int) -> None:
-        model = AutoModelForCausalLM.from_config(
-            AutoConfig.for_model(**shape), dtype=getattr(torch, case["dtype"])
-        )
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**shape), dtype=dtype)
         reference = None if lora.r else frozen_copy(model)
         if lora.r:
             adapters = Adapters(model, lora, base=Path("base"))

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from srlm_fast import env
+from srlm_fast import installed
 from srlm_fast.config import Config, PreferenceConfig, TrainConfig
 from srlm_fast.errors import UserError
 from srlm_fast.model.weights import frozen_copy
@@ -20,6 +20,7 @@ from srlm_fast.train.memory import optimizer_bytes
 from srlm_fast.train.optim import Optimizer
 from srlm_fast.train.preference import train_preference
 
+CPU = torch.device("cpu")
 EIGHT = TrainConfig(optim="adamw_torch_8bit", learning_rate=1e-3, max_grad_norm=0.0)
 ROUNDED = replace(EIGHT, bf16_stochastic_rounding=True)
 
@@ -58,7 +59,7 @@ class StandIn(torch.optim.Optimizer):
 def library(request, monkeypatch):
     """torchao without its compiler, which has a test of its own."""
     if request.param == "torchao":
-        found = env.probe("torchao", *env.OPTIONAL["torchao"])
+        found = installed.probe("torchao", *installed.OPTIONAL["torchao"])
         if not found[0].isdigit() or "not load" in found:
             pytest.skip(f"torchao: {found}")
         monkeypatch.setattr(torch, "compile", lambda function, **options: function)
@@ -295,19 +296,21 @@ def test_what_cannot_be_is_said(library, monkeypatch):
 
 
 def test_without_torchao_a_run_does_not_start(monkeypatch):
-    monkeypatch.setattr(env, "probe", lambda *names: "not installed: pip install it")
+    monkeypatch.setattr(installed, "probe", lambda *names: "not installed: pip install it")
     run = Config(model="sandbox", preference=PreferenceConfig(optim="adamw_torch_8bit"))
     with pytest.raises(UserError, match="torchao is needed, and cannot be used here: not inst"):
-        check_training(run, None)
+        check_training(run, torch.float32, CPU)
     with pytest.raises(UserError, match="torchao is needed"):
         Optimizer(layer(), EIGHT)
     monkeypatch.setattr(
-        env, "probe", lambda extra, name, module: env._version(name) or "unknown version"
+        installed,
+        "probe",
+        lambda extra, name, module: installed._version(name) or "unknown version",
     )
     run = Config(model="sandbox", sft=ROUNDED)
     with pytest.raises(UserError, match="this run's are fp32; leave it off, or set --dtype"):
-        check_training(run, None)
-    check_training(replace(run, dtype="bfloat16"), None)
+        check_training(run, torch.float32, CPU)
+    check_training(run, torch.bfloat16, CPU)
 
 
 def test_bytes_of_a_weight():

@@ -1,0 +1,225 @@
+"""What a dry run says of memory, and that a run which cannot fit does not start."""
+
+import re
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, MixtralConfig
+
+from srlm_fast.config import (
+    Config,
+    JudgeConfig,
+    LoraConfig,
+    PreferenceConfig,
+    SamplingConfig,
+    TrainConfig,
+)
+from srlm_fast.errors import UserError
+from srlm_fast.parallel import ALONE, Ranks
+from srlm_fast.rounds.memory import (
+    Machine,
+    Phase,
+    RunMemory,
+    machine_here,
+    planned_machine,
+    weights_dtype,
+)
+
+CPU = torch.device("cpu")
+SHAPE: dict[str, Any] = {
+    "vocab_size": 300, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
+    "num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 256,
+}  # fmt: skip
+LLAMA = LlamaConfig(**SHAPE)
+# Matrices of two layers, their norms and the last one, embedding and head.
+COUNT = 2 * (4 * 64 * 64 + 3 * 64 * 96 + 2 * 64) + 64 + 2 * 300 * 64
+
+
+def config(**preference: Any) -> Config:
+    return Config(
+        model="m",
+        device="cpu",
+        preference=PreferenceConfig(**preference),
+        sampling=SamplingConfig(max_new_tokens=100),
+    )
+
+
+def memory(
+    run: Config, ranks: Ranks = ALONE, *, room: int | None = None, device: str = "cpu"
+) -> RunMemory:
+    return RunMemory.of(run, LLAMA, Machine(torch.device(device), room), ranks)
+
+
+def phase(name: str, run: Config, *args: Any, **options: Any) -> Phase:
+    return next(p for p in memory(run, *args, **options).phases if p.name == name)
+
+
+def test_lines_of_a_dry_run() -> None:
+    text = "\n".join(memory(config(reference_cache="states"), room=3 * 10**9).lines())
+    assert f"{COUNT / 1e6:.1f}M parameters in float32" in text
+    assert re.search(r"sampling: at most \d+\.\d+ GB \(weights 0\.00, pages 0\.\d+, work", text)
+    assert re.search(r"judging: at most \d", text)
+    assert re.search(r"sft: at most \d+\.\d+ GB in forwards of 4,096 tokens \(weights", text)
+    assert re.search(r"preference: at most \d.* of 5,696 tokens .*reference 0\.00", text)
+    assert "states of the reference: at most 0.03 GB on disk" in text
+    assert "3.00 GB are free" in text
+
+
+def test_phases_are_those_of_the_method_and_its_judge() -> None:
+    def names(method: Any, kind: Any) -> list[str]:
+        run = replace(config(), method=method, judge=JudgeConfig(kind=kind, max_new_tokens=9))
+        return [phase.name for phase in memory(run).phases]
+
+    assert names("srlm", "prompted") == ["sampling", "judging", "sft", "preference"]
+    assert names("srlm", "expected") == ["sampling", "judging", "sft", "preference"]
+    assert names("srlm", "longest") == ["sampling", "sft", "preference"]
+    assert names("spa", "implicit") == ["sampling", "scoring", "preference"]
+    assert names("spa", "prompted") == ["sampling", "judging", "scoring", "preference"]
+
+
+def test_what_makes_a_training_smaller() -> None:
+    def peak(ranks: Ranks = ALONE, **preference: Any) -> int:
+        return phase("preference", config(**preference), ranks).peak
+
+    whole = peak()
+    assert peak(Ranks(0, 4)) < whole
+    assert peak(micro_batch_size=1) < whole
+    assert peak(micro_batch_tokens=400) < peak(micro_batch_tokens=800) < whole
+    assert peak(gradient_checkpointing=True) < whole
+    assert peak(reference_cache="logps") < whole
+    assert peak(reference_cache="logps", reference="fixed") == whole
+
+
+def test_shares_of_the_weights_are_less_than_the_whole() -> None:
+    def found(parallel: str, world: int) -> Phase:
+        return phase("preference", config(parallel=parallel), Ranks(0, world))
+
+    whole, share = found("replicate", 4).parts, found("shard", 4).parts
+    assert found("shard", 1) == found("replicate", 1)
+    for name in ("optimizer", "gradients", "reference"):
+        assert share[name] == (whole[name] or 0) // 4
+    assert (whole["weights"] or 0) // 4 < (share["weights"] or 0) < (whole["weights"] or 0)
+    # Both are whole when the shares are cut.
+    assert found("shard", 4).least == 2 * 4 * COUNT * 5 // 4
+
+
+def test_scoring_has_a_second_model_and_a_sampler_of_its_own() -> None:
+    run = replace(config(), method="spa", judge=JudgeConfig(kind="implicit"))
+    one, two = phase("sampling", run).parts, phase("scoring", run).parts
+    assert two["weights"] == two["reference"] == one["weights"] == 4 * COUNT
+    assert (two["pages"] or 0) > (one["pages"] or 0) > 0
+    pytest.importorskip("peft", reason="peft is not installed (extra [peft])")
+    run = replace(run, lora=LoraConfig(r=4))
+    lora = phase("scoring", run).parts
+    assert not lora["reference"] and lora["pages"] == phase("sampling", run).parts["pages"]
+    assert 0 < (lora["frozen adapters"] or 0) < 4 * COUNT // 4
+
+
+def test_pages_of_a_gpu_are_a_share_of_what_the_weights_leave() -> None:
+    def pages(room: int) -> int:
+        return phase("sampling", config(), device="cuda", room=room).parts["pages"] or 0
+
+    page = 64 * 2 * 2 * 64 * 4  # of both layers, keys and values
+    for room in (10**8, 2 * 10**8):
+        assert pages(room) == int(0.4 * (room - 4 * COUNT) / page) * page
+    # A row of the whole context always has them.
+    assert pages(10**6) == 5 * page
+
+
+def test_weights_have_the_dtype_that_loading_gives_them() -> None:
+    gpu, stored = torch.device("cuda"), LlamaConfig(**SHAPE, dtype=torch.float16)
+    assert weights_dtype(config(), stored, gpu) == torch.float16
+    assert weights_dtype(config(), stored, CPU) == torch.float32
+    assert weights_dtype(config(), LLAMA, gpu) == torch.float32
+    assert weights_dtype(replace(config(), dtype="bfloat16"), stored, CPU) == torch.bfloat16
+
+
+def test_layers_that_cannot_run_without_data_are_unknown_and_nothing_worse() -> None:
+    """In fp32 on the CPU experts run, but not as tensors without data."""
+    experts = MixtralConfig(**SHAPE, num_local_experts=4)
+    found = RunMemory.of(config(), experts, Machine(CPU, None))
+    found.check()
+    text = "\n".join(found.lines())
+    assert text.count("at most") == 4 or text.count("at least") == 4 <= text.count("unknown")
+
+
+def test_a_model_that_cannot_be_made_without_its_weights_is_no_reason_not_to_run(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fails(*_: Any) -> None:
+        raise RuntimeError("Tensor.item() cannot be called on meta tensors")
+
+    monkeypatch.setattr("srlm_fast.rounds.memory.without_data", fails)
+    found = memory(config(), room=1)
+    found.check()
+    assert found.lines() == ["unknown: this model cannot be sized without its weights"]
+
+
+@pytest.mark.parametrize(
+    ("preference", "cure"),
+    [({}, "reference_cache"), ({"reference_cache": "logps"}, "train adapters")],
+)
+def test_a_run_whose_weights_cannot_fit_does_not_start(
+    preference: dict[str, Any], cure: str
+) -> None:
+    """Rows as long as the context, which no data may have, are no reason."""
+    run = config(**preference)
+    need = COUNT * (20 if not preference else 16)
+    memory(run, room=need).check()
+    memory(run, room=None).check()
+    with pytest.raises(UserError, match=rf"takes .* GB at the least, and .*{cure}"):
+        memory(run, room=need - 1).check()
+    with pytest.raises(UserError, match=r"parallel to shard"):
+        memory(run, Ranks(0, 4), room=need - 1).check()
+    shared = replace(config(parallel="shard", **preference), sft=TrainConfig(parallel="shard"))
+    memory(shared, Ranks(0, 4), room=need - 1).check()
+
+
+def test_a_reference_that_judges_must_fit_beside_the_model() -> None:
+    run = replace(
+        config(reference_cache="states", optim="adamw_torch_8bit"),
+        method="spa",
+        judge=JudgeConfig(kind="implicit"),
+        dtype="bfloat16",
+    )
+    assert phase("scoring", run).least == 2 * 2 * COUNT
+    with pytest.raises(UserError, match=r"scoring takes .*lora\.r"):
+        memory(run, room=2 * 2 * COUNT - 1).check()
+
+
+def test_adapters_alone_are_counted_as_trained() -> None:
+    pytest.importorskip("peft", reason="peft is not installed (extra [peft])")
+    full = config()
+    lora = replace(full, lora=LoraConfig(r=4))
+    # r times (in + out) of the seven matrices of both layers, which are 64 by 64 or 64 by 96
+    trained = 2 * 4 * (4 * (64 + 64) + 3 * (64 + 96))
+    parts = phase("preference", lora).parts
+    assert parts["weights"] == 4 * (COUNT + trained)
+    assert [parts[name] for name in ("reference", "optimizer", "gradients")] == [
+        4 * trained, 8 * trained, 4 * trained,
+    ]  # fmt: skip
+    assert (parts["head"] or 0) < (phase("preference", full).parts["head"] or 0)
+    assert "adapters of 0.0M parameters, which alone train" in memory(lora).lines()
+    need = 4 * (COUNT + 2 * trained) + 12 * trained
+    memory(lora, room=need).check()
+    with pytest.raises(UserError, match=r"a larger device, or set dtype to bfloat16$"):
+        memory(lora, room=need - 1).check()
+
+
+def test_free_memory_is_known_here_and_shared_by_the_processes_of_a_machine() -> None:
+    room = machine_here(CPU).room
+    assert room is None or 10**7 < room < 10**14
+    both = machine_here(CPU, Ranks(0, 2, local_world=2)).room
+    assert both is None or (room is not None and both < 0.9 * room)
+
+
+def test_a_device_that_is_not_here_can_be_planned_for() -> None:
+    assert planned_machine("cuda", 24.0) == Machine(torch.device("cuda"), 24 * 10**9)
+    assert planned_machine("cpu", 0.5) == Machine(CPU, 5 * 10**8)
+    assert planned_machine("cpu", None).device == CPU
+    with pytest.raises(UserError, match="unknown device"):
+        planned_machine("gpu", 24.0)
+    with pytest.raises(UserError, match=r"cuda:99 is not here.*--memory"):
+        planned_machine("cuda:99", None)

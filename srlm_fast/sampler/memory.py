@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import cache, partial
 from typing import Any, Literal
 
 import torch
@@ -73,6 +74,7 @@ def sampler_memory(
         return SamplerMemory(None, None)
     limit = pages_within(size, device, context_length(model), free)
     most = max_rows(len(lm_head(model).weight))
+    forward = cache(partial(_forward, model, device))
     pool = kept = peak = 0
     for call in calls:
         if call.again and device.type == "cpu":  # a GPU has pages for them once more
@@ -83,8 +85,8 @@ def sampler_memory(
         # On a CPU there is memory behind a page once it is written: first prompts are.
         first = call.kind == "generate" and rows == call.prompts * call.rows
         filled = max(before, kept) if first and device.type == "cpu" else pool
-        forward = _forward(model, _tokens_at_once(call, rows), device)
-        peak = max(peak, filled * size + forward, pool * size + _logits(model, call, rows))
+        known = filled * size + forward(_tokens_at_once(call, rows))
+        peak = max(peak, known, pool * size + _logits(model, call, rows))
     return SamplerMemory(pool * size, peak - pool * size)
 
 
@@ -93,7 +95,7 @@ def _page_bytes(model: Any) -> int | None:
     shapes: dict[int, LayerShape] = {}
     _shapes.set(shapes)
     try:
-        _forward(model, 1, torch.device("cpu"))
+        _forward(model, torch.device("cpu"), 1)
     except Exception:  # a layer that needs data, whatever it raises then
         return None
     config = text_config(model)
@@ -137,7 +139,7 @@ def _tokens_at_once(call: Call, rows: int) -> int:
     return min(tokens, PASS_TOKENS)
 
 
-def _forward(model: Any, tokens: int, device: torch.device) -> int:
+def _forward(model: Any, device: torch.device, tokens: int) -> int:
     """Bytes of a pass over so many tokens."""
     ids = torch.zeros(1, tokens, dtype=torch.int64, device="meta")
     weights = [*model.parameters(), *model.buffers()]

@@ -20,6 +20,7 @@ from srlm_fast.loop import main
 from srlm_fast.model.load import load_tokenizer
 from srlm_fast.rounds.manifest import Run
 from srlm_fast.sampler import Sampler
+from srlm_fast.train.checkpoint import Checkpoint, Checkpoints
 
 peft = pytest.importorskip("peft", reason="peft is not installed (extra [peft])")
 
@@ -42,6 +43,14 @@ def whole(run_loop: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     return made
 
 
+def assert_same_run(method: str, whole: Path, other: Path) -> None:
+    for file in whole.rglob("*.jsonl"):
+        assert file.read_bytes() == (other / file.relative_to(whole)).read_bytes(), file
+    for name in MODELS[method]:
+        one, two = adapter(whole, name), adapter(other, name)
+        assert one.keys() == two.keys() and all(t.equal(two[key]) for key, t in one.items())
+
+
 @pytest.mark.parametrize("method", ["spa", "srlm"])
 def test_stop_between_stages_and_resume(
     method: str, run_loop: Any, whole: dict[str, Path], monkeypatch: pytest.MonkeyPatch
@@ -60,15 +69,38 @@ def test_stop_between_stages_and_resume(
     while run_loop(method, stopped, *flags, **METHODS[method]) == 130:
         flags = ["--resume"]
     assert not at
-    for file in whole[method].rglob("*.jsonl"):
-        assert file.read_bytes() == (stopped / file.relative_to(whole[method])).read_bytes(), file
+    assert_same_run(method, whole[method], stopped)
     states = [adapter(whole[method], name) for name in MODELS[method]]
-    for name, state in zip(MODELS[method], states, strict=True):
-        other = adapter(stopped, name)
-        assert all(t.equal(other[key]) for key, t in state.items()) and state.keys() == other.keys()
+    for state in states:
         assert {key.rpartition(".lora_")[2] for key in state} == {"A.weight", "B.weight"}
     for one, two in pairwise(states):
         assert not any(one[key].equal(two[key]) for key in one if "lora_B" in key)
+
+
+@pytest.mark.parametrize("method", ["spa", "srlm"])
+def test_stop_after_every_step_of_every_training(
+    method: str,
+    run_loop: Any,
+    whole: dict[str, Path],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    """A checkpoint has the adapter that trains alone; the others are made anew."""
+    changes = METHODS[method] | {"sft__save_steps": "1", "preference__save_steps": "1"}
+    write, stopped, stops = Checkpoints.write, tmp_path / "stopped", 0
+
+    def write_and_interrupt(checkpoints: Checkpoints, found: Checkpoint) -> None:
+        write(checkpoints, found)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "write", write_and_interrupt)
+        while run_loop(method, stopped, *["--resume"][:stops], **changes) == 130:
+            stops += 1
+    stages = json.loads((whole[method] / "manifest.json").read_text())["stages"]
+    steps = [s["info"]["steps"] for name, s in stages.items() if name.startswith("train/")]
+    assert stops == sum(steps) > len(MODELS[method])
+    assert_same_run(method, whole[method], stopped)
 
 
 def test_a_model_of_a_run_is_what_its_peft_folder_says(whole: dict[str, Path]) -> None:

@@ -24,7 +24,8 @@ SECONDS = 120  # for all checks of a file together; one of them hangs when it is
 def start(script: str, folder: Path) -> dict[int, list[str]]:
     """What the ranks of `script` wrote: per size of the group, per rank."""
     here, package = Path(__file__).parents[2], Path(srlm_kernels.__file__).parents[1]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (here, package)))}
+    path = [str(here), str(package), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path)}
     if sys.platform == "linux":
         environment["GLOO_SOCKET_IFNAME"] = "lo"  # no look-up of the machine's own name
     # -P: the script's folder is no place to import from.

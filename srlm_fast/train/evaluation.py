@@ -11,10 +11,8 @@ import torch
 from torch import Tensor
 
 from srlm_fast.config import TrainConfig
-from srlm_fast.errors import UserError
 from srlm_fast.model.phase import inference
 from srlm_fast.parallel import Ranks
-from srlm_fast.train.fit import OUT_OF_MEMORY
 from srlm_fast.train.plan import Item, MicroBatches, usable_items
 
 # Of one forward over the items of these numbers: what is counted, and 0-d sums over that.
@@ -48,7 +46,7 @@ def held_out_means(
 
     Where memory runs out it is done again in half as large forwards, of this evaluation alone: what
     the training does later must not depend on it. Raises UserError when a single item does not fit,
-    and where weights are sharded.
+    and where weights are sharded, of `MicroBatches.end`.
     """
     # No more at once than a training step has on one rank, and so no more memory for as long items.
     size = max(1, config.per_device_train_batch_size // ranks.world)
@@ -56,6 +54,8 @@ def held_out_means(
     with inference(model):
         while (mine := _sums_of_mine(own.forwards(indices, size), sums, ranks)) is None:
             own.halve_forwards(indices, size)
+            if ranks.sharded:  # in the midst of what all ranks do together
+                raise own.end()
             warnings.warn(
                 "out of memory in an evaluation: it is done again with at most"
                 f" {own.max_tokens} tokens in a forward",
@@ -77,7 +77,7 @@ def _sums_of_mine(
         for micro in ranks.share(micros, []):
             mine.append(sums(micro))
     except torch.OutOfMemoryError:
-        if ranks.sharded:  # in the midst of what all ranks do together
-            raise UserError(OUT_OF_MEMORY) from None
         memory_ran_out = True
+    if ranks.sharded:  # the others wait elsewhere
+        return None if memory_ran_out else mine
     return None if ranks.any(memory_ran_out) else mine

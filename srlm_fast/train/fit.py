@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from srlm_fast.config import TrainConfig
-from srlm_fast.errors import UserError
 from srlm_fast.model.checkpointing import checkpointed
 from srlm_fast.parallel import ALONE, Ranks
 from srlm_fast.train.checkpoint import Checkpoint, Checkpoints, Stateful
@@ -38,12 +37,6 @@ class Plan(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, step: int, /) -> Sequence[int]: ...
-
-
-OUT_OF_MEMORY = (
-    "out of memory: a training whose weights are sharded cannot go on from there; set a lower"
-    " micro_batch_tokens or gradient_checkpointing to true"
-)
 
 
 def fit(
@@ -85,7 +78,8 @@ def fit(
     Each of several `ranks` computes its share of every step, on the whole model or, where `ranks`
     are sharded, on its share of one. All get the same log and summary, and the result is that of
     one rank, to rounding. With a sharded model memory that runs out ends the training, with a
-    UserError on that rank only; its process must end then, as the others wait for it.
+    UserError on that rank only; its process must end then, as the others wait for it. Called again,
+    with `micro_batches` of the same folder, it does everything in smaller parts.
     """
     training = _Training(
         model, config, plan, micro_batches, step_function, log, ranks, parts or {}, moving, seed
@@ -180,7 +174,8 @@ class _Training:
                 tokens += micro.num_tokens
         except torch.OutOfMemoryError:
             if self._ranks.sharded:  # in the midst of what all ranks do together
-                raise UserError(OUT_OF_MEMORY) from None
+                self._micro_batches.halve(items)
+                raise self._micro_batches.end() from None
             memory_ran_out = True
         return None if self._ranks.any(memory_ran_out) else tokens
 
@@ -221,7 +216,7 @@ class _Training:
         state = found.states[self._ranks.rank]
         self.step, own = found.step, state["training"]
         self._num_tokens, self._out_of_memory = own["num_tokens"], own["out_of_memory"]
-        self._micro_batches.max_tokens = own["max_tokens"]
+        self._micro_batches.limit(own["max_tokens"])
         self._losses = [self._zero.new_tensor(loss) for loss in own["losses"]]
         for name, part in self._parts.items():
             part.restore(state[name])

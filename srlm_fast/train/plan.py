@@ -5,12 +5,16 @@ An item is what the loss is a sum over: one row (SFT), or the chosen and the rej
 
 from __future__ import annotations
 
+import json
 import random
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from itertools import pairwise
+from pathlib import Path
 
 from srlm_fast.config import TrainConfig
+from srlm_fast.data.jsonl import write_text
 from srlm_fast.errors import UserError
 from srlm_fast.parallel import ALONE, Ranks
 from srlm_fast.train.batches import Layout, Row
@@ -76,13 +80,41 @@ class MicroBatches:
 
     Items are ordered by length, so that a forward holds little padding; which of them share a step
     stays random. Each of several `ranks` has its own items of a step.
+
+    folder: of the training. Where weights are sharded, what `end` left there is the limit.
     """
 
     def __init__(
-        self, items: Sequence[Item], config: TrainConfig, layout: Layout, ranks: Ranks = ALONE
+        self,
+        items: Sequence[Item],
+        config: TrainConfig,
+        layout: Layout,
+        ranks: Ranks = ALONE,
+        folder: Path | None = None,
     ) -> None:
         self._items, self._layout, self._ranks = items, layout, ranks
         self.max_items, self.max_tokens = config.micro_batch_size, config.micro_batch_tokens
+        self._folder = folder if ranks.sharded else None
+        if self._folder:
+            for tokens in ranks.from_main(_left(self._folder)):
+                self.limit(tokens)
+
+    def limit(self, tokens: int) -> None:
+        """At most so many tokens from now on (0: as before)."""
+        if tokens:
+            self.max_tokens = min(self.max_tokens or tokens, tokens)
+
+    def end(self) -> UserError:
+        """That memory ran out where a training cannot go on: one that is called again with the same
+        folder begins with this limit."""
+        text = "out of memory, from which a training whose weights are sharded cannot go on"
+        if self._folder is None:
+            return UserError(f"{text}: set micro_batch_tokens to {self.max_tokens}")
+        path = self._folder / f"forwards-{self._ranks.rank}.json"  # another's may run out, too
+        write_text(path, json.dumps(self.max_tokens))
+        return UserError(
+            f"{text}: resume it, and it has at most {self.max_tokens} tokens in a forward"
+        )
 
     def mine(self, step: Sequence[int]) -> list[list[int]]:
         """The micro-batches of `step` that this rank computes; there may be none. Where weights
@@ -159,6 +191,15 @@ class MicroBatches:
     def _fits(self, micro: Sequence[int]) -> bool:
         enough = self.max_items and len(micro) > self.max_items
         return not enough and not (self.max_tokens and self.tokens(micro) > self.max_tokens)
+
+
+def _left(folder: Path) -> list[int]:
+    """The limits that ranks left there."""
+    found = []
+    for path in folder.glob("forwards-*.json"):
+        with suppress(OSError, ValueError):  # cut short: the next one to run out writes it again
+            found.append(int(json.loads(path.read_text("utf-8"))))
+    return found
 
 
 def _lengths(item: Item) -> list[int]:

@@ -102,7 +102,7 @@ def train_preference(
             checkpoint, config, items, [model, reference], "preference", len(pairs), seed, refine,
             smoothing, ranks=ranks,
         )  # fmt: skip
-        micro_batches = MicroBatches(items, config, layout, ranks)
+        micro_batches = MicroBatches(items, config, layout, ranks, cache or checkpoint)
         lam = refine.lam if refine else None
         forward = PairForward(model, items, config, layout, pad_id, lam, smoothing)
         compared = choose_reference(

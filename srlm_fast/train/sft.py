@@ -74,7 +74,7 @@ def train_sft(
         return len(batch.target), {"loss": -logp.sum()}
 
     with placed(config, ranks, model) as (ranks, (model,)):
-        micro_batches = MicroBatches(items, config, layout, ranks)
+        micro_batches = MicroBatches(items, config, layout, ranks, checkpoint)
 
         def evaluate() -> dict[str, float]:
             return held_out_means(model, held_out, config, micro_batches, sums, ranks)

@@ -60,6 +60,26 @@ def test_services_go_on_with_the_run(calls: list[tuple[str, Any]], tmp_path: Pat
     assert rest == [("log", {"train/M1/step": 10.0, "train/M1/loss": 0.7}), ("finish", None)]
 
 
+def test_rows_that_a_resumed_run_gives_again_reach_services_once(
+    calls: list[tuple[str, Any]], tmp_path: Path
+) -> None:
+    """Twice stopped: the second time before it came as far as the first time."""
+    for count in (2, 1, 3):
+        trackers = Trackers(["wandb", "tensorboard"], tmp_path, {})
+        trackers.log("train/SFT" if count == 3 else "train/M1", ROWS[0])
+        for step in range(count):
+            trackers.log("train/M2", {"step": float(step)})
+        trackers.close()
+    logged = [words for kind, words in calls if kind == "log"]
+    assert [row for row in logged if "train/M2/step" in row] == [
+        {"train/M2/step": float(step)} for step in range(3)
+    ]
+    assert sum("train/M1/loss" in row for row in logged) == 1
+    assert sum("train/SFT/loss" in row for row in logged) == 1
+    scalars = [words for kind, words in calls if kind == "scalar" and "M2" in words[0]]
+    assert len(scalars) == 6, "it shows one of each step"
+
+
 def test_what_is_missing_or_unknown_is_said_at_the_start(calls: list[tuple[str, Any]]) -> None:
     check_trackers(["wandb", "tensorboard"])
     with pytest.raises(UserError, match=r"report_to trackio does not load .*pip install trackio"):

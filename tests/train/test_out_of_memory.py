@@ -138,7 +138,7 @@ def test_an_evaluation_with_sharded_weights_ends_there(make_model):
         raise torch.OutOfMemoryError("no room")
 
     ranks, items = replace(ALONE, sharded=True), [(((2, 3), (4, 5)),)] * 4
-    with pytest.raises(UserError, match=r"weights are sharded.*lower micro_batch_tokens"):
+    with pytest.raises(UserError, match=r"weights are sharded.*set micro_batch_tokens to \d+$"):
         held_out_means(
             make_model(), range(4), CONFIG, MicroBatches(items, CONFIG, "shared", ranks), sums,
             ranks,

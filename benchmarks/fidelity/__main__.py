@@ -57,11 +57,12 @@ class Study:
     def __init__(self, args: argparse.Namespace, extra: Mapping[str, str]) -> None:
         self.args, self.extra = args, extra
         self.budget, self.lock = Budget(args.budget), Lock()
+        self.of_seed = {seed: Lock() for seed in args.seeds}
         self.failed: list[str] = []
         self.left: list[str] = []
 
     def wanted(self) -> list[Key]:
-        """The runs without a row; seed after seed, so that no two at a time make the same M0."""
+        """The runs without a row, seed after seed."""
         rows, only = read_rows(self.args.results), self.args.only
         return [
             (variant, seed)
@@ -79,7 +80,8 @@ class Study:
             self.left.append(name)
             return
         try:
-            row = run(variant, seed, self.extra)
+            with self.of_seed[seed]:  # or two would make the same base model
+                row = run(variant, seed, self.extra)
         except RuntimeError as error:
             self.failed.append(name)
             print(f"{name} failed: {error}", file=sys.stderr, flush=True)

@@ -65,7 +65,7 @@ def claims() -> Iterator[Claim]:
         for (low, worse), (high, better) in pairwise(values):
             measure = _above(path, ("srlm", high), ("srlm", low))
             yield Claim("SRLM", f"{label}: {high} above {low}", f"{better} > {worse}", measure)
-    for (name, opponent), (win, lose) in paper.DUELS.items():
+    for (name, opponent), (win, _, lose) in paper.DUELS.items():
         if win > lose:  # M1 and the SFT baseline are equals in the paper
             yield Claim(
                 "SRLM", f"{name} beats {opponent}", f"{win} : {lose}", _beats(name, opponent)

@@ -90,7 +90,7 @@ def _srlm(groups: ByVariant) -> str:
     for label, path, digits, values in paper.CHAINS:
         body.append([label, *_over_models(rows, path, digits)])
         body.append(["*paper*", *_reported(dict(values))])
-    body.insert(1, ["oracle score, greedy", *_over_models(rows, "greedy_oracle_score", 2)])
+    body.insert(2, ["oracle score, greedy", *_over_models(rows, "greedy_oracle_score", 2)])
     for label, key, reported in (
         ("pairs", "srlm", paper.PAIRS),
         ("pairs, without EFT data", "srlm/no-eft", paper.PAIRS_WITHOUT_EFT),
@@ -117,14 +117,13 @@ def _reported(values: Mapping[str, float]) -> list[str]:
 
 def _duels(rows: Sequence[Row]) -> str:
     body = []
-    for (name, opponent), (win, lose) in paper.DUELS.items():
+    for (name, opponent), reported in paper.DUELS.items():
         found = [lookup(entry(row, name), "win_rates", opponent) or {} for row in rows]
         shares = [
             _cell([100 * f[part] for f in found if f.get(part) is not None], 1)
             for part in ("win", "tie", "lose")
         ]
-        tie = 100 - win - lose
-        body.append([f"{name} against {opponent}", *shares, f"{win} / {tie:.1f} / {lose}"])
+        body.append([f"{name} against {opponent}", *shares, " / ".join(map(str, reported))])
     return _table(["duels, %", "win", "tie", "lose", "*paper*"], body)
 
 

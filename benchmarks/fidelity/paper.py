@@ -47,14 +47,14 @@ POSITIVES = (49.2, 29)
 PAIRS = {"M2": 3964, "M3": 6942}
 PAIRS_WITHOUT_EFT = {"M2": 541, "M3": 429}
 
-# (model, opponent) -> wins, losses in percent, by GPT-4.
+# (model, opponent) -> wins, ties, losses in percent, by GPT-4.
 DUELS = {
-    ("M1", "SFT"): (30.5, 30.9),
-    ("M2", "SFT"): (49.2, 14.5),
-    ("M3", "SFT"): (62.5, 9.8),
-    ("M2", "M1"): (55.5, 11.7),
-    ("M3", "M2"): (47.7, 12.5),
-    ("M3", "M1"): (68.8, 8.6),
+    ("M1", "SFT"): (30.5, 38.7, 30.9),
+    ("M2", "SFT"): (49.2, 36.3, 14.5),
+    ("M3", "SFT"): (62.5, 27.7, 9.8),
+    ("M2", "M1"): (55.5, 32.8, 11.7),
+    ("M3", "M2"): (47.7, 39.8, 12.5),
+    ("M3", "M1"): (68.8, 22.7, 8.6),
 }
 
 # Better, worse, numbers: AlpacaEval 2.0 length-controlled win rates (tables 1, 2, 6, 7, figure 4).

@@ -13,6 +13,7 @@ def label_accuracy(oracle: Oracle, pairs: Sequence[Pair]) -> dict[str, float | N
     """Are the chosen responses truly better? Shares of `better`, `worse` and `equal` pairs.
 
     accuracy: better over better and worse, so that pairs without a right label do not count.
+    true_gap: mean true score of the chosen response less that of the rejected one.
     """
     gains = _true_gains(oracle, pairs)
     return {
@@ -20,6 +21,7 @@ def label_accuracy(oracle: Oracle, pairs: Sequence[Pair]) -> dict[str, float | N
         "better": mean([gain > 0 for gain in gains]),
         "worse": mean([gain < 0 for gain in gains]),
         "equal": mean([gain == 0 for gain in gains]),
+        "true_gap": mean(gains),
     }
 
 

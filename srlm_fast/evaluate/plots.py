@@ -54,6 +54,12 @@ def model_plots(models: Sequence[Model]) -> list[Markup]:
         ]),
         over_models("Mean length of a response", "tokens", [
             _series(models, "tokens", "mean_length"),
+            _series(models, "chosen, trained on", "pairs", "chosen_length"),
+            _series(models, "rejected, trained on", "pairs", "rejected_length"),
+        ], from_zero=True),
+        over_models("Gap between chosen and rejected", "score", [
+            _series(models, "by the judge", "pairs", "score_gap"),
+            _series(models, "by the oracle", "labels", "true_gap"),
         ], from_zero=True),
     ]  # fmt: skip
     return [plot for plot in plots if plot]

@@ -7,12 +7,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from srlm_fast.config import Config
-from srlm_fast.data.records import Judgement, Pair, Prompt, Sample
+from srlm_fast.data.records import Judgement, Pair, Prompt, RankedGroup, Sample
 from srlm_fast.data.task import Task
 from srlm_fast.evaluate.correlation import mean, standard_error
 from srlm_fast.evaluate.labels import label_accuracy
+from srlm_fast.evaluate.pairs import pair_metrics
 from srlm_fast.evaluate.responses import length_metrics, mean_scores, oracle_metrics, win_rate
-from srlm_fast.evaluate.reward_model import PERFECT_SCORE, reward_model_metrics
+from srlm_fast.evaluate.reward_model import PERFECT_SCORE, length_bias, reward_model_metrics
 
 Groups = Sequence[Sequence[Sample]]
 AsSamples = Callable[[Prompt, Sequence[str]], list[Sample]]
@@ -56,8 +57,8 @@ def evaluate_model(
     """What `summary.json` says of a model's quality, and the model's samples of the test prompts.
 
     as_samples: turns given texts into candidates that a judge can score.
-    judge: the model's own judge; it is measured on `task.judge_test`, and it measures the responses
-        where the task has no oracle.
+    judge: the model's own judge; it is measured on `task.judge_test`, or where there is none on
+        `task.test_pairs`, and it measures the responses where the task has no oracle.
     implicit: the reward whose accuracy on `task.test_pairs` is measured.
     opponents: the models to win against, each with its samples as this function returned them.
         Where a judge decides, this model's judge scores both sides: two judges' scales do not
@@ -91,6 +92,7 @@ def evaluate_model(
         "preference_accuracy": _preference_accuracy(implicit, as_samples, task),
         "labels": labels,
         "label_accuracy": labels and labels["accuracy"],
+        "pairs": pair_metrics(pairs) if pairs else None,
     }
     return metrics, samples
 
@@ -136,12 +138,14 @@ def _judge_agreement(
     judge: Scorer | None, as_samples: AsSamples, task: Task, limit: int
 ) -> dict[str, Any] | None:
     """Agreement of the judge with known ranks, and the share of its judgements that parsed."""
-    ranked = task.judge_test[:limit]
+    pairs = [RankedGroup(p.prompt, (p.chosen, p.rejected), (0.0, 1.0)) for p in task.test_pairs]
+    ranked = (task.judge_test or pairs)[:limit]
     if judge is None or not ranked:
         return None
     candidates = [as_samples(group.prompt, group.responses) for group in ranked]
     verdicts = judge.score([group.prompt for group in ranked], candidates)
     flat = [verdict for row in verdicts for verdict in row]
+    lengths = [[len(sample.response_ids) for sample in row] for row in candidates]
     opinions = [opinion for verdict in flat for opinion in (verdict.votes or (verdict,))]
     return {
         "judge": judge.name,
@@ -150,6 +154,8 @@ def _judge_agreement(
             [group.ranks for group in ranked],
             perfect=None if judge.name in UNBOUNDED else PERFECT_SCORE,
         ),
+        "length_bias": length_bias(_scores(verdicts), lengths),
+        "length_bias_of_ranks": length_bias([[-r for r in g.ranks] for g in ranked], lengths),
         "parsed_share": mean([o.score is not None for o in opinions]),
         "invalid": dict(Counter(o.invalid or "no score" for o in opinions if o.score is None)),
     }

@@ -97,6 +97,19 @@ def reward_model_metrics(
     }
 
 
+def length_bias(
+    scores: Sequence[Sequence[float | None]], lengths: Sequence[Sequence[int]]
+) -> float | None:
+    """Spearman's correlation of scores with lengths, a mean over the prompts whose scored responses
+    differ in length; 0 for a prompt whose scores are all equal."""
+    scored = [
+        [(s, n) for s, n in zip(row, sizes, strict=True) if s is not None]
+        for row, sizes in zip(scores, lengths, strict=True)
+    ]
+    known = [tuple(zip(*row, strict=True)) for row in scored if len({n for _, n in row}) > 1]
+    return mean([spearman(row, sizes) or 0.0 for row, sizes in known])
+
+
 def _group(scores: Sequence[float | None], ranks: Sequence[float]) -> Group:
     kept = [(s, -r) for s, r in zip(scores, ranks, strict=True) if s is not None]
     ordered = sum(a != b for a, b in combinations(ranks, 2))

@@ -67,6 +67,10 @@ def result_rows(models: Sequence[Model]) -> list[Row]:
         ("  Spearman", _number("judge", "spearman")),
         ("  Kendall tau", _number("judge", "kendall_tau")),
         ("  judgements parsed", _number("judge", "parsed_share")),
+        (
+            "  length bias, judge/ranks",
+            _parts("judge", parts=("length_bias", "length_bias_of_ranks")),
+        ),
         ("held-out preference accuracy", _number("preference_accuracy")),
         (
             "EFT: ranked groups kept/judged",
@@ -77,12 +81,19 @@ def result_rows(models: Sequence[Model]) -> list[Row]:
         ("finished responses", _number("finished_share")),
         ("positive examples kept", _number("positives_kept", digits=0)),
         ("pairs kept", _number("pairs_kept", digits=0)),
+        ("  score gap, chosen less rejected", _number("pairs", "score_gap")),
+        ("  true gap by the oracle", _number("labels", "true_gap")),
+        (
+            "  tokens, chosen/rejected",
+            _parts("pairs", parts=("chosen_length", "rejected_length"), form="{:.1f}"),
+        ),
         (
             "  log-prob change, chosen/rejected",
             _parts(
                 "training", parts=("chosen_logp_change", "rejected_logp_change"), form="{:+.2f}"
             ),
         ),
+        ("  chosen less likely than before", _number("training", "displaced")),
         ("  judgements parsed in its round", _number("round_parsed_share")),
         ("  labels right by the oracle", _number("label_accuracy")),
         ("  truly equal pairs", _number("labels", "equal")),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,8 @@ def evaluate(
     before: Path | None = None,
     pairs: Sequence[Pair] = (),
 ) -> None:
-    """Evaluate the resident model as `name`; samples go to evaluation/<name>.jsonl.
+    """Evaluate the resident model as `name`; samples go to evaluation/<name>.jsonl, and what is a
+    number to metrics.jsonl and the trackers, where models are the steps of stage "evaluation".
 
     previous: the model made before it; to win against that one and all before it.
     initial: pi_init, for the implicit reward (SPA).
@@ -46,6 +47,7 @@ def evaluate(
         )
 
     def make() -> tuple[list[Sample], dict[str, Any]]:
+        earlier = _evaluated(run)
         judge = engine.judge("evaluate", initial or engine.base, before)
         implicit: Judge | None = judge if judge.name == "implicit" else None
         if implicit is None and initial and task.test_pairs:
@@ -59,21 +61,34 @@ def evaluate(
             config=engine.config,
             judge=judge,
             implicit=implicit,
-            opponents=_samples_of_earlier(run, previous),
+            opponents=_samples(run, earlier[: earlier.index(previous) + 1] if previous else []),
             pairs=pairs,
         )
         flags = run.info(f"train/{name}").get("flags")
         if flags and task.oracle:
             # Behind the round's own pairs there may be gold ones.
             metrics["flags"] = flag_metrics(task.oracle, pairs, flags[: len(pairs)])
+        run.logger("evaluation")({"step": len(earlier), **dict(_numbers(metrics))})
         return samples, metrics
 
     run.records(f"evaluation/{name}", Sample, make)
 
 
-def _samples_of_earlier(run: Run, last: str) -> dict[str, list[Sample]]:
-    """What the models up to `last` answered, in the order they were made; "": there are none."""
-    stages, part = run.manifest["stages"], "evaluation/"
-    names = [stage.removeprefix(part) for stage in stages if stage.startswith(part)]
-    earlier = names[: names.index(last) + 1] if last else []
-    return {name: read_jsonl(run.folder / f"evaluation/{name}.jsonl", Sample) for name in earlier}
+def _evaluated(run: Run) -> list[str]:
+    """The models that have been evaluated, in the order they were made."""
+    part = "evaluation/"
+    return [s.removeprefix(part) for s in run.manifest["stages"] if s.startswith(part)]
+
+
+def _samples(run: Run, names: Sequence[str]) -> dict[str, list[Sample]]:
+    """What models answered to the test prompts."""
+    return {name: read_jsonl(run.folder / f"evaluation/{name}.jsonl", Sample) for name in names}
+
+
+def _numbers(metrics: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    """The numbers in nested metrics, by the names on their way: "judge/spearman"."""
+    for key, value in metrics.items():
+        if isinstance(value, Mapping):
+            yield from _numbers(value, f"{prefix}{key}/")
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            yield f"{prefix}{key}", value

@@ -72,13 +72,15 @@ def train_preference(
     the first step must be exactly 0 (with a cache: below the noise measured when it was made);
     RuntimeError is raised, before any weight changes, if not.
 
-    `log` gets TRL's metrics (`fit`'s, logps/*, rewards/*) and with `refine` spa/tau,
-    spa/flagged_share and spa/extrapolated_margin (beta-scaled); with `config.eval_steps` also the
-    means over the usable `eval_pairs` as eval_loss (without label refinement) and eval_rewards/*.
+    `log` gets TRL's metrics (`fit`'s, logps/*, rewards/*), rewards/displaced, and with `refine`
+    spa/tau, spa/flagged_share and spa/extrapolated_margin (beta-scaled); with `config.eval_steps`
+    also the means over the usable `eval_pairs` as eval_loss (without label refinement) and
+    eval_rewards/*.
     checkpoint: the folder for `config.save_steps`; called again with the same arguments, the start
     weights of `model` and those of `reference` included, a training that was stopped goes on.
     Returns `fit`'s summary and: `pairs` trained on; `dropped` by reason, and `eval_dropped` where
-    there is an evaluation; `margins` (beta-scaled), `accuracies`, and against the reference, in
+    there is an evaluation; `margins` (beta-scaled), `accuracies`, `displaced` (the share of pairs
+    whose chosen response is less likely than under the reference), and against the reference, in
     nats, `chosen_logp_change` and `rejected_logp_change`, each a mean over the last quarter of the
     steps; with `refine`, `flags` as long as `pairs`: whether the pair was flagged when last trained
     on, None if alpha was 0 then or it was dropped; with `sync_ref_model`, `reference_updates`.
@@ -363,7 +365,8 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def _pair_metrics(result: PreferenceLoss, beta: float) -> dict[str, Tensor]:
-    """TRL's metrics, summed over the pairs; rewards are beta times the log-ratio."""
+    """TRL's metrics, and the pairs whose chosen response is less likely than under the reference
+    (likelihood displacement, arXiv 2410.08847), summed; rewards are beta times the log-ratio."""
     reward = beta * (result.logp - result.ref_logp)
     margin = reward[0::2] - reward[1::2]
     return {
@@ -373,6 +376,7 @@ def _pair_metrics(result: PreferenceLoss, beta: float) -> dict[str, Tensor]:
         "rewards/rejected": reward[1::2].sum(),
         "rewards/accuracies": (margin > 0).to(margin.dtype).sum(),
         "rewards/margins": margin.sum(),
+        "rewards/displaced": (reward[0::2] < 0).to(margin.dtype).sum(),
     }
 
 
@@ -381,6 +385,7 @@ def late_summary(means: dict[str, float], beta: float) -> dict[str, float]:
     return {
         "margins": means.get("rewards/margins", math.nan),
         "accuracies": means.get("rewards/accuracies", math.nan),
+        "displaced": means.get("rewards/displaced", math.nan),
         "chosen_logp_change": means.get("rewards/chosen", math.nan) / beta,
         "rejected_logp_change": means.get("rewards/rejected", math.nan) / beta,
     }

@@ -36,9 +36,9 @@ def srlm_entry(name: str) -> dict[str, Any]:
         for parent in parents:
             place = place[parent]
         place[last] = values.get(name)
-    for (model, opponent), (win, lose) in paper.DUELS.items():
+    for (model, opponent), (win, tie, lose) in paper.DUELS.items():
         if model == name:
-            shares = {"win": win / 100, "lose": lose / 100, "tie": 1 - (win + lose) / 100}
+            shares = {"win": win / 100, "lose": lose / 100, "tie": tie / 100}
             entry["win_rates"][opponent] = shares
     return entry
 

@@ -57,7 +57,9 @@ def model_row(name, number, score):
         "finished_share": 0.99,
         "distinct_share": 0.8,
         "preference_accuracy": None,
-        "labels": None,
+        "labels": {"accuracy": 0.9, "true_gap": 1.5} if number > 1 else None,
+        "pairs": {"score_gap": 2.5 / number, "chosen_length": 21.0,
+                  "rejected_length": 18.5} if number > 1 else None,
         "label_accuracy": 0.9 if number > 1 else None,
         "pairs_kept": 188 if number > 1 else None,
         "dropped": {"tie": 9, "duplicate": 311} if number > 1 else None,
@@ -65,7 +67,8 @@ def model_row(name, number, score):
                 "scores_judged": {"2": 20, "3.5": 1, "4": 300},
                 "scores_before": {"2": 18, "4": 160}, "scores_after": {"2": 18, "4": 122},
                 "groups_dropped": {"order disagrees": 69}} if number == 1 else None,
-        "training": {"chosen_logp_change": 0.3, "rejected_logp_change": -0.7, "dropped": {}},
+        "training": {"chosen_logp_change": 0.3, "rejected_logp_change": -0.7,
+                     "displaced": 0.25, "dropped": {}},
     }  # fmt: skip
 
 

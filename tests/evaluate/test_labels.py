@@ -21,6 +21,7 @@ def test_label_accuracy_leaves_out_pairs_without_a_right_label():
         "better": 0.5,
         "worse": 0.25,
         "equal": 0.25,
+        "true_gap": (2 - 2 + 0 + 2) / 4,
     }
 
 

@@ -111,6 +111,21 @@ def test_with_neither_oracle_nor_judge_there_is_no_winner(evaluate, model):
     assert metrics["mean_length"] == 1.0
 
 
+def test_without_ranked_groups_the_judge_is_measured_on_the_gold_pairs(evaluate, model):
+    pairs = [
+        Preference(user("q"), "long one", "x"),
+        Preference(user("r"), "x", "mid"),
+        Preference(user("s"), "long", "even longer"),
+    ]
+    task = Task("toy", test_prompts=PROMPTS, test_pairs=pairs)
+    judge = evaluate(model(["a", "b"]), task, judge=LengthJudge())[0]["judge"]
+    assert judge["pairwise_accuracy"]["half"] == 1.0 and judge["pairs"] == 1, "num_judge_groups"
+    assert (judge["length_bias"], judge["length_bias_of_ranks"]) == (1.0, 1.0)
+    task = Task("toy", test_prompts=PROMPTS, test_pairs=pairs[1:])
+    judge = evaluate(model(["a", "b"]), task, judge=LengthJudge())[0]["judge"]
+    assert (judge["pairwise_accuracy"]["half"], judge["length_bias_of_ranks"]) == (0.0, -1.0)
+
+
 def test_judge_agreement_uses_the_first_groups_and_counts_the_unparsable(evaluate, model):
     groups = [
         RankedGroup(user("q"), ("long one", "mid", "x", ""), (0, 1, 2, 3)),

@@ -3,7 +3,7 @@ from itertools import combinations
 
 import pytest
 
-from srlm_fast.evaluate.reward_model import reward_model_metrics
+from srlm_fast.evaluate.reward_model import length_bias, reward_model_metrics
 
 
 def random_groups(seed, missing=0.15):
@@ -136,6 +136,15 @@ def test_nothing_to_measure_is_none_and_not_zero():
         assert metrics[key] is None, key
     assert set(metrics["pairwise_accuracy"].values()) == {None}
     assert set(reward_model_metrics([], [])["pairwise_accuracy_per_prompt"].values()) == {None}
+
+
+def test_length_bias_is_spearmans_rho_of_each_prompt():
+    scores = [[1.0, 3.0, 2.0, 4.0], [2.0, 1.0], [5.0, 4.0], [3.0, 3.0], [None, 2.0, 1.0]]
+    lengths = [[10, 20, 40, 30], [7, 9], [8, 8], [1, 2], [1, 3, 2]]
+    # The textbook formula, of ranks 1 3 2 4 and 1 2 4 3.
+    first = 1 - 6 * (0 + 1 + 4 + 1) / (4 * 15)
+    assert length_bias(scores, lengths) == pytest.approx((first - 1 + 0 + 1) / 4)
+    assert length_bias([[1.0, 2.0]], [[3, 3]]) is None, "no lengths to prefer"
 
 
 def test_rows_of_different_lengths_are_an_error():

@@ -45,6 +45,9 @@ def test_models_that_do_not_fit_continue_in_a_further_block(summary):
 def test_a_value_one_model_lacks_is_a_dash_and_a_measure_all_lack_is_left_out(summary):
     rows = dict(result_rows(summary["models"]))
     assert rows["pairs kept"] == ["-", "-", "188", "188"]
+    assert rows["  score gap, chosen less rejected"] == ["-", "-", "1.25", "0.83"]
+    assert rows["  tokens, chosen/rejected"] == ["-", "-", "21.0/18.5", "21.0/18.5"]
+    assert rows["  chosen less likely than before"] == ["0.25"] * 4
     assert rows["win/tie/lose against SFT"] == ["-", *["54%/29%/17%"] * 3]
     assert rows["win/tie/lose against M2"] == ["-", "-", "-", "54%/29%/17%"]
     assert rows["EFT: ranked groups kept/judged"] == ["-", "51/300", "-", "-"]

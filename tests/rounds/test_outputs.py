@@ -101,12 +101,24 @@ def test_summary_and_report(finished: tuple[str, Path]) -> None:
     assert load_config(str(out / "config.yaml")).method == method
 
 
+def test_evaluations_are_metrics_too(finished: tuple[str, Path]) -> None:
+    """So that trackers draw them over the models, the gap of the pairs among them."""
+    _, out = finished
+    models = json.loads((out / "summary.json").read_text())["models"]
+    lines = (out / "metrics.jsonl").read_text().splitlines()
+    rows = [row for row in map(json.loads, lines) if row["stage"] == "evaluation"]
+    assert [row["step"] for row in rows] == [0, 1, 2, 3]
+    assert [row["oracle_score"] for row in rows] == [m["oracle_score"] for m in models]
+    last, gap = rows[-1], models[-1]["pairs"]["score_gap"]
+    assert last["pairs/score_gap"] == gap > 0 and last["labels/true_gap"] <= 5
+    assert last["win_rates/SFT/win"] == models[-1]["win_rates"]["SFT"]["win"]
+    assert last["judge/pairwise_accuracy/half"] <= 1
+
+
 def test_training_starts_at_ln_2(finished: tuple[str, Path]) -> None:
     """The reference is the round's starting model (design rule 4)."""
     method, out = finished
     last = json.loads((out / "summary.json").read_text())["models"][-1]
-    first = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
-    assert first["stage"] == f"train/{last['name']}"
     if method == "spa":  # srlm's recipe adds a likelihood term
         assert last["training"]["loss_first"] == pytest.approx(math.log(2), abs=1e-6)
 

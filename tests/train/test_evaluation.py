@@ -22,7 +22,8 @@ DPO = PreferenceConfig(
 SPA = Refinement(alpha=0.3, lam=0.5, k_percent=40.0, window=6)
 NAMES = {
     "eval_loss", "eval_logps/chosen", "eval_logps/rejected", "eval_rewards/chosen",
-    "eval_rewards/rejected", "eval_rewards/accuracies", "eval_rewards/margins", "epoch", "step",
+    "eval_rewards/rejected", "eval_rewards/accuracies", "eval_rewards/margins",
+    "eval_rewards/displaced", "epoch", "step",
 }  # fmt: skip
 
 
@@ -103,6 +104,7 @@ def test_preference(preference, pairs, make_model, response_logps, refine, cache
         "eval_rewards/rejected": sum(rejected) / 4,
         "eval_rewards/margins": sum(margins) / 4,
         "eval_rewards/accuracies": sum(m > 0 for m in margins) / 4,
+        "eval_rewards/displaced": sum(reward < 0 for reward in chosen) / 4,
     }
     assert {key: last[key] for key in expected} == pytest.approx(expected, rel=1e-6, abs=1e-9)
 

@@ -245,7 +245,7 @@ def test_metrics_are_trls_and_their_values_those_of_the_models(
     _, summary, (row,) = train(config, REFINE)
     names = "loss grad_norm learning_rate epoch step num_tokens logps/chosen logps/rejected "
     names += "rewards/chosen rewards/rejected rewards/accuracies rewards/margins "
-    names += "spa/tau spa/flagged_share spa/extrapolated_margin"
+    names += "rewards/displaced spa/tau spa/flagged_share spa/extrapolated_margin"
     assert set(row) == set(names.split())
     model = make_model()
     with torch.no_grad():
@@ -253,7 +253,7 @@ def test_metrics_are_trls_and_their_values_those_of_the_models(
     assert row["logps/chosen"] == pytest.approx(sum(chosen) / 12, rel=1e-5)
     lengths = [len(p.prompt_ids) + len(p.chosen_ids) + len(p.rejected_ids) for p in pairs]
     assert row["num_tokens"] == sum(lengths)
-    assert row["rewards/accuracies"] == 0.0 and summary["pairs"] == 12
+    assert row["rewards/accuracies"] == row["rewards/displaced"] == 0.0 and summary["pairs"] == 12
 
 
 def test_summary_tells_displacement_in_nats_over_the_last_quarter(train):
@@ -262,6 +262,7 @@ def test_summary_tells_displacement_in_nats_over_the_last_quarter(train):
     for key, metric, unit in [
         ("margins", "rewards/margins", 1.0),
         ("accuracies", "rewards/accuracies", 1.0),
+        ("displaced", "rewards/displaced", 1.0),
         ("chosen_logp_change", "rewards/chosen", CONFIG.beta),
         ("rejected_logp_change", "rewards/rejected", CONFIG.beta),
     ]:

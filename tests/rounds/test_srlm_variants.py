@@ -32,7 +32,8 @@ def test_without_eft_the_baseline_is_m1(run_loop: Any, tmp_path: Path) -> None:
         ("M3", 2),
     ]
     assert {p.name for p in (out / "models").iterdir()} == {"M0", "SFT", "M2", "M3"}
-    assert [(m["win_rate"] or {}).get("against") for m in summary["models"]] == [None, "SFT", "M2"]
+    against = [list(m["win_rates"] or {}) for m in summary["models"]]
+    assert against == [[], ["SFT"], ["SFT", "M2"]]
     assert not (out / "seed").exists()
     assert any("SFT baseline is M1" in note for note in summary["notes"])
 

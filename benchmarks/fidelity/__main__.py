@@ -2,7 +2,8 @@
 
 Runs every variant on every seed (each an independent pre-training), appends one row a run, and
 writes the report after each. Runs that have a row are passed over, so the same command continues
-a study that was stopped anywhere. Further settings (`--evaluate.num_prompts 50`) go to every run,
+a study that was stopped anywhere. Runs are of the code as it is when they start: leave a checkout
+alone while one is under way. Further settings (`--evaluate.num_prompts 50`) go to every run,
 and its rows count only where the report is made with the same ones.
 """
 

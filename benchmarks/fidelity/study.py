@@ -40,7 +40,8 @@ def run(variant: Variant, seed: int, extra: Mapping[str, str]) -> Row:
             capture_output=True, text=True, check=False,
         )  # fmt: skip
         if done.returncode:
-            raise RuntimeError((done.stderr.strip() or f"exit status {done.returncode}")[-500:])
+            said = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
+            raise RuntimeError(said[-1])
         seconds = time.monotonic() - start
         summary = json.loads((out / "summary.json").read_text("utf-8"))
     pretraining = next(s["seconds"] for s in summary["stages"] if s["name"] == "pretrain")

@@ -10,6 +10,7 @@ from srlm_fast.config import Config
 from srlm_fast.data.records import Judgement, Pair, Prompt, RankedGroup, Sample
 from srlm_fast.data.task import Task
 from srlm_fast.evaluate.correlation import mean, standard_error
+from srlm_fast.evaluate.head_to_head import Comparer, head_to_head
 from srlm_fast.evaluate.labels import label_accuracy
 from srlm_fast.evaluate.pairs import pair_metrics
 from srlm_fast.evaluate.responses import length_metrics, mean_scores, oracle_metrics, win_rate
@@ -51,6 +52,7 @@ def evaluate_model(
     config: Config,
     judge: Scorer | None = None,
     implicit: Scorer | None = None,
+    pairwise: Comparer | None = None,
     opponents: Mapping[str, Sequence[Sample]] | None = None,
     pairs: Sequence[Pair] = (),
 ) -> tuple[dict[str, Any], list[Sample]]:
@@ -60,6 +62,7 @@ def evaluate_model(
     judge: the model's own judge; it is measured on `task.judge_test`, or where there is none on
         `task.test_pairs`, and it measures the responses where the task has no oracle.
     implicit: the reward whose accuracy on `task.test_pairs` is measured.
+    pairwise: compares the model's first sample of each prompt with that of each opponent.
     opponents: the models to win against, each with its samples as this function returned them.
         Where a judge decides, this model's judge scores both sides: two judges' scales do not
         compare.
@@ -74,10 +77,14 @@ def evaluate_model(
     )
     groups = _groups(samples, cfg.num_samples)
     quality, scores = _quality(groups, task, judge)
-    wins = {}
-    for opponent, others in (opponents or {}).items() if scores else ():
-        _, other_scores = _quality(_groups(others, cfg.num_samples), task, judge)
-        wins[opponent] = win_rate(scores, other_scores) | {"judged_by": quality["judged_by"]}
+    wins, duels = {}, {}
+    for opponent, others in (opponents or {}).items():
+        if scores:
+            _, other_scores = _quality(_groups(others, cfg.num_samples), task, judge)
+            wins[opponent] = win_rate(scores, other_scores) | {"judged_by": quality["judged_by"]}
+        if pairwise:
+            first = slice(None, None, cfg.num_samples)
+            duels[opponent] = head_to_head(pairwise, samples[first], others[first])
     labels = label_accuracy(task.oracle, pairs) if task.oracle and pairs else None
     metrics = {
         "name": name,
@@ -87,6 +94,7 @@ def evaluate_model(
         **quality,
         "greedy_oracle_score": _greedy_score(draw, prompts, task) if cfg.greedy else None,
         "win_rates": wins or None,
+        "head_to_head": duels or None,
         **length_metrics(groups),
         "judge": _judge_agreement(judge, as_samples, task, cfg.num_judge_groups),
         "preference_accuracy": _preference_accuracy(implicit, as_samples, task),

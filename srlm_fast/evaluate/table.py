@@ -56,8 +56,9 @@ def result_rows(models: Sequence[Model]) -> list[Row]:
         *[(f"  {c}", _number("criteria", c)) for c in keys(models, "criteria")],
         ("oracle score, greedy", _number("greedy_oracle_score")),
         ("own judge's mean score ± se", _pm("judge_score", "judge_se")),
-        *[(f"win/tie/lose against {name}", _wins(name)) for name in keys(models, "win_rates")],
+        *_wins(models, "win_rates", "win/tie/lose against {}"),
         ("  decided by", _text("judged_by")),
+        *_wins(models, "head_to_head", "head to head with {}: win/tie/lose"),
         (
             "judge: pairs right (ties wrong/half)",
             _parts("judge", "pairwise_accuracy", parts=("wrong", "half")),
@@ -189,8 +190,15 @@ def _pm(value: str, error: str) -> Callable[[Model], str]:
     return cell
 
 
-def _wins(opponent: str) -> Callable[[Model], str]:
-    return _parts("win_rates", opponent, parts=("win", "tie", "lose"), form="{:.0%}")
+def _wins(
+    models: Sequence[Model], key: str, label: str
+) -> list[tuple[str, Callable[[Model], str]]]:
+    """A row for each opponent."""
+    parts = ("win", "tie", "lose")
+    return [
+        (label.format(name), _parts(key, name, parts=parts, form="{:.0%}"))
+        for name in keys(models, key)
+    ]
 
 
 def _parts(*path: str, parts: Sequence[str], form: str = "{:.2f}") -> Callable[[Model], str]:

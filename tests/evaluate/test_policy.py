@@ -1,5 +1,6 @@
 from collections import Counter
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
@@ -7,6 +8,7 @@ from srlm_fast.config import Config, EvaluateConfig
 from srlm_fast.data.records import Judgement, Pair, Preference, RankedGroup, Vote, user
 from srlm_fast.data.task import Task
 from srlm_fast.evaluate.policy import evaluate_model
+from srlm_fast.evaluate.table import result_rows
 
 CONFIG = replace(
     Config(), evaluate=EvaluateConfig(num_prompts=2, num_samples=2, num_judge_groups=1)
@@ -101,6 +103,32 @@ def test_without_oracle_one_judge_scores_both_models(evaluate, model):
     wins = metrics["win_rates"]["M1"]
     assert (wins["lose"], wins["judged_by"]) == (1.0, "length")
     assert metrics["oracle_score"] is metrics["greedy_oracle_score"] is metrics["criteria"] is None
+
+
+class LongerWins:
+    """A pairwise judge; it was asked in both orders and said the same."""
+
+    name = "longer"
+
+    def compare(self, prompts, ones, others):
+        sides = zip(ones, others, strict=True)
+        outcomes = [0.5 + 0.5 * ((len(a) > len(b)) - (len(a) < len(b)))
+                    for a, b in ((x.response, y.response) for x, y in sides)]  # fmt: skip
+        return [SimpleNamespace(outcome=o, votes=(Vote("", o), Vote("", o))) for o in outcomes]
+
+
+def test_a_pairwise_judge_compares_first_samples_with_every_opponent(evaluate, model):
+    task = Task("toy", test_prompts=PROMPTS)
+    _, sft = evaluate(model(["a", "a long second sample"]), task)
+    _, m1 = evaluate(model(["long enough", "x"]), task)
+    opponents = {"SFT": sft, "M1": m1}
+    metrics, _ = evaluate(model(["abc", "y"]), task, pairwise=LongerWins(), opponents=opponents)
+    duels = metrics["head_to_head"]
+    assert (duels["SFT"]["win"], duels["M1"]["lose"], duels["M1"]["prompts"]) == (1.0, 1.0, 2)
+    assert duels["SFT"]["judged_by"] == "longer" and metrics["win_rates"] is None
+    assert evaluate(model(["abc", "y"]), task, opponents=opponents)[0]["head_to_head"] is None
+    rows = dict(result_rows([metrics]))
+    assert rows["head to head with M1: win/tie/lose"] == ["0%/0%/100%"]
 
 
 def test_with_neither_oracle_nor_judge_there_is_no_winner(evaluate, model):

@@ -154,6 +154,16 @@ def test_without_ranked_groups_the_judge_is_measured_on_the_gold_pairs(evaluate,
     assert (judge["pairwise_accuracy"]["half"], judge["length_bias_of_ranks"]) == (0.0, -1.0)
 
 
+@pytest.mark.parametrize(("name", "fives"), [("prompted", 1), ("scorer", 0), ("implicit", 0)])
+def test_five_points_are_perfect_only_on_the_judges_scale(evaluate, model, name, fives):
+    judge = LengthJudge()
+    judge.name = name
+    task = Task("toy", test_prompts=PROMPTS, oracle=letters)
+    task = replace(task, judge_test=[RankedGroup(user("q"), ("12345", "1"), (0, 1))])
+    found = evaluate(model(["a", "b"]), task, judge=judge)[0]["judge"]
+    assert found["fives"] == fives
+
+
 def test_judge_agreement_uses_the_first_groups_and_counts_the_unparsable(evaluate, model):
     groups = [
         RankedGroup(user("q"), ("long one", "mid", "x", ""), (0, 1, 2, 3)),

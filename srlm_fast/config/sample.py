@@ -41,6 +41,8 @@ class PromptsConfig:
     temperature: float = 0.6
     top_p: float = 0.9
     max_new_tokens: int = 512
+    max_tasks: int = 7  # a numbered list is stopped when it has so many new ones; 0: no limit
+    keep_truncated: bool = False  # of a list cut off at max_new_tokens, keep all but the last task
     max_calls: int = 0  # generation calls a round at most; 0: twenty times num_prompts
     rouge_l: float = 0.7
     min_words: int = 4
@@ -57,6 +59,7 @@ class PromptsConfig:
             "num_prompts_by_round says how many: set that one, and leave num_prompts out",
         )
         require(self.max_new_tokens >= 1, "max_new_tokens must be at least 1")
+        require(self.max_tasks >= 0, "max_tasks must not be negative (0: no limit)")
         require(self.max_calls >= 0, "max_calls must not be negative (0: twenty times num_prompts)")
         require(self.num_seed_demos >= 0, "num_seed_demos must not be negative")
         require(self.num_generated_demos >= 0, "num_generated_demos must not be negative")

@@ -16,10 +16,11 @@ _KEYWORD = re.compile(rf"\b({'|'.join(KEYWORDS)})\b", re.IGNORECASE)
 
 
 def text_fault(text: str, config: PromptsConfig) -> str | None:
-    """Why `text` is no usable prompt ("empty", "length", "keyword", "start"), or None.
+    """Why `text` is no usable prompt ("empty", "length", "keyword", "program", "start"), or None.
 
-    "start" is a punctuation mark or a non-ASCII letter; "program" is the opening `Write a program`,
-    which Self-Instruct drops too. `config.keyword_filter` switches off all but the length.
+    "program" is the opening `Write a program`, which models put in front of other tasks; "start" is
+    a punctuation mark or a non-ASCII letter. `config.keyword_filter` switches off all but the
+    length.
     """
     if not text:
         return "empty"
@@ -29,7 +30,7 @@ def text_fault(text: str, config: PromptsConfig) -> str | None:
         return None
     if _KEYWORD.search(text):
         return "keyword"
-    if text.startswith("Write a program"):
+    if text.lower().startswith("write a program"):
         return "program"
     if text[0] in string.punctuation or not text[0].isascii():
         return "start"

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import torch
 
-_WORD = re.compile(r"\w+")
+_WORD = re.compile(r"[^\W_]+")
 # A word and its how-maniest occurrence: texts become sets whose overlap is that of the multisets.
 Token = tuple[str, int]
 # Float32 rounding may only add candidates, never lose one: they are compared exactly afterwards.
@@ -17,7 +17,8 @@ _SLACK = 0.01
 
 
 def words(text: str) -> list[str]:
-    """The words that ROUGE-L compares: runs of letters and digits, lower-cased."""
+    """The words that ROUGE-L compares: runs of letters and digits, lower-cased. On ASCII text they
+    are those of Google's rouge_score, which knows no other letters."""
     return _WORD.findall(text.lower())
 
 

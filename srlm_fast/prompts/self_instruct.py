@@ -21,6 +21,7 @@ from srlm_fast.sampler import Completion, Sampler, SamplingParams
 MAX_BATCH = 256  # calls that share their pool of generated demonstrations
 FIRST_BATCH = 32
 HOPELESS = 20  # calls that do not fit the context, before giving up
+FRUITLESS = 512  # calls without one usable prompt, before giving up
 
 
 def new_prompts(
@@ -31,6 +32,7 @@ def new_prompts(
     *,
     seed: int,
     round: int,
+    earlier: Iterable[str] = (),
     avoid: Iterable[str] = (),
     is_valid: Callable[[str], bool] | None = None,
 ) -> tuple[list[Prompt], Counter[str]]:
@@ -38,37 +40,44 @@ def new_prompts(
 
     Each call shows its own demonstrations: `num_seed_demos` drawn from `seeds`, and
     `num_generated_demos` from the prompts accepted so far (while those are too few, from `seeds`).
-    What the model adds is kept unless it is cut off at the token limit ("truncated"), has a fault
-    named by `text_fault`, equals a seed, an accepted prompt or one of `avoid` ("duplicate"), fails
-    `is_valid` ("malformed"), has ROUGE-L above `config.rouge_l` with a seed or an accepted prompt
-    ("similar"), or is not needed any more ("surplus"). The counts have every generated task under
-    "accepted" or its reason, and calls whose list left no room in the context as "call too long".
+    What the model adds is kept unless its list is cut off at the token limit ("truncated"; with
+    `config.keep_truncated` that is only the last task of it), it has a fault named by `text_fault`,
+    equals a seed, an accepted prompt or one of `avoid` ("duplicate"), fails `is_valid`
+    ("malformed"), has ROUGE-L above `config.rouge_l` with a seed or an accepted prompt ("similar"),
+    or is not needed any more ("surplus"). Accepted are those of `earlier` rounds too. The counts
+    have every generated task under "accepted" or its reason, and calls whose list left no room in
+    the context as "call too long".
 
     Fewer prompts than asked for is no error; none at all, or no seeds, raises UserError.
     """
     if not seeds:
         raise UserError("self-instruction needs seed prompts to show; the task has none")
     task_list = load_task_list(config.template)
-    pool = _Pool([one_line(prompt_text(prompt)) for prompt in seeds], config, avoid, is_valid)
+    shown = [one_line(prompt_text(prompt)) for prompt in seeds]
+    pool = _Pool(shown, config, earlier, avoid, is_valid)
     rng = random.Random(f"{seed}/self-instruction/{round}")
     counts: Counter[str] = Counter()
     calls, max_calls = 0, config.max_calls or 20 * config.num_prompts
     with tqdm(total=config.num_prompts, desc="new prompts", unit="prompt", disable=None) as bar:
         while calls < max_calls and len(pool.accepted) < config.num_prompts:
             size = min(_calls_needed(pool, calls, config.num_prompts), max_calls - calls)
-            starts = [task_list.start(pool.demos(rng)) for _ in range(size)]
+            demos = [pool.demos(rng) for _ in range(size)]  # as many in each
+            stop = task_list.stop(len(demos[0]) + 1 + config.max_tasks) if config.max_tasks else ()
+            starts = [task_list.start(some) for some in demos]
             calls += size
-            for completion in _complete(sampler, template, starts, config, rng, counts):
-                for text, cut in _tasks(task_list, template, completion):
+            for completion in _complete(sampler, template, starts, stop, config, rng, counts):
+                for text, cut in _tasks(task_list, completion, config.keep_truncated):
                     counts["truncated" if cut else pool.offer(text)] += 1
             bar.update(len(pool.accepted) - bar.n)
-            if counts["call too long"] == calls >= HOPELESS:
+            hopeless = counts["call too long"] == calls >= HOPELESS
+            if hopeless or (calls >= FRUITLESS and not pool.accepted):
                 break
     if not pool.accepted:
         raise UserError(
             f"self-instruction gave no usable prompt in {calls} calls ({_listed(counts)}); loosen "
             "the filters, lower prompts.max_new_tokens where calls are too long for the context of "
-            f"{sampler.context} tokens, or set prompts.source=dataset"
+            f"{sampler.context} tokens, raise it or set prompts.keep_truncated where lists are cut "
+            "off, or set prompts.source=dataset"
         )
     return [user(text) for text in pool.accepted], counts
 
@@ -80,6 +89,7 @@ class _Pool:
         self,
         seeds: Sequence[str],
         config: PromptsConfig,
+        earlier: Iterable[str],
         avoid: Iterable[str],
         is_valid: Callable[[str], bool] | None,
     ) -> None:
@@ -88,9 +98,10 @@ class _Pool:
         self.accepted: list[str] = []
         # Long conversation starters would crowd the list out of the context.
         self.seeds = [s for s in seeds if 0 < len(s.split()) <= config.max_words] or list(seeds)
-        self.known = {*seeds, *(one_line(text) for text in avoid)}
+        taken = [*seeds, *map(one_line, earlier)]
+        self.known = {*taken, *map(one_line, avoid)}
         self.index = RougeIndex(config.rouge_l)
-        for text in seeds:
+        for text in taken:
             self.index.add(text)
 
     def demos(self, rng: random.Random) -> list[str]:
@@ -133,6 +144,7 @@ def _complete(
     sampler: Sampler,
     template: ChatTemplate,
     starts: Sequence[tuple[Prompt, str]],
+    stop: tuple[str, ...],
     config: PromptsConfig,
     rng: random.Random,
     counts: Counter[str],
@@ -147,6 +159,7 @@ def _complete(
         temperature=config.temperature,
         top_p=config.top_p,
         max_tokens=config.max_new_tokens,
+        stop=stop,
         seed=rng.getrandbits(32),
     )
     for output in sampler.generate(fitting, params) if fitting else []:
@@ -154,12 +167,13 @@ def _complete(
 
 
 def _tasks(
-    task_list: TaskList, template: ChatTemplate, completion: Completion
+    task_list: TaskList, completion: Completion, keep_truncated: bool
 ) -> Iterator[tuple[str, bool]]:
-    """The tasks of a completion, and whether each was cut off: the last, at the token limit."""
-    tasks = task_list.tasks(template.decode(completion.token_ids))
+    """The tasks of a completion, and whether each is lost at the token limit."""
+    cut = completion.finish_reason == "length"
+    tasks = task_list.tasks(completion.text)
     for number, text in enumerate(tasks, 1):
-        yield text, number == len(tasks) and completion.finish_reason == "length"
+        yield text, cut and (number == len(tasks) or not keep_truncated)
 
 
 def _listed(counts: Counter[str]) -> str:

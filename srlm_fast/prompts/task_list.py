@@ -36,6 +36,12 @@ class TaskList:
             return user(listed), opening.rstrip()
         return user(self.heading.strip()), self.separator.join([*items, opening]).rstrip()
 
+    def stop(self, number: int) -> tuple[str, ...]:
+        """What the model must not begin: item `number`. Nothing where items are not numbered."""
+        mark = self.item.partition("{task}")[0].rstrip()
+        numbered = self.separator + mark.replace("{number}", str(number))
+        return (numbered,) if "{number}" in mark else ()
+
     def tasks(self, completion: str) -> list[str]:
         """The tasks of what the model wrote after `start`, each on one line; the first may be ''.
 

@@ -93,7 +93,6 @@ def round_prompts(engine: Engine, task: Task, t: int) -> list[Prompt]:
         if config.source == "self_instruct":
             earlier = [r.prompt for s in range(1, t) for r in _prompt_rows(engine, s)]
             held_out = (*task.test_prompts, *(g.prompt for g in task.judge_test))
-            avoid = [prompt_text(p) for p in (*earlier, *held_out)]
             prompts, counts = new_prompts(
                 engine.sampler,
                 engine.template,
@@ -101,7 +100,8 @@ def round_prompts(engine: Engine, task: Task, t: int) -> list[Prompt]:
                 config.for_round(t),
                 seed=engine.run.seed(f"prompts-{t}"),
                 round=t,
-                avoid=avoid,
+                earlier=map(prompt_text, earlier),
+                avoid=map(prompt_text, held_out),
                 is_valid=task.is_valid_prompt,
             )
             counts.pop("accepted", None)

@@ -19,6 +19,7 @@ CONFIG = PromptsConfig()
         ("Draw a house for me", "keyword"),
         ("Describe your imagination and mapping skills", None),
         ("Write a program that adds numbers", "program"),
+        ("write a Program that adds numbers", "program"),
         ("Please write a program that adds", None),
         ("- list three good books", "start"),
         ("“Hello” is what language?", "start"),

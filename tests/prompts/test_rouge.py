@@ -1,4 +1,5 @@
 import random
+import re
 from functools import cache
 
 import pytest
@@ -39,6 +40,16 @@ def test_rouge_l_is_the_f_measure():
     assert rouge_l(a, b) == pytest.approx(2 * precision * recall / (precision + recall))
     assert rouge_l([], []) == 0.0
     assert rouge_l(a, []) == 0.0
+
+
+def test_words_are_those_of_googles_rouge_score():
+    """Its tokenizer, without stemming: what is no ASCII letter or digit separates."""
+    rng = random.Random(0)
+    letters = "abcXYZ019 _-.,'\"()\n\t@"
+    for _ in range(200):
+        text = "".join(rng.choices(letters, k=rng.randrange(30)))
+        assert words(text) == re.sub(r"[^a-z0-9]+", " ", text.lower()).split()
+    assert words("Straße 東京") == ["straße", "東京"]
 
 
 def near_copies(rng, count, vocabulary):

@@ -24,7 +24,7 @@ def create(scripted, char_template):
     """Runs new_prompts against a scripted sampler; gives texts, counts and the sampler."""
 
     def run(answer, num_prompts=8, *, seeds=SEEDS, seed=0, round=1, context=100_000, **options):
-        keep = {k: options.pop(k) for k in ("avoid", "is_valid") if k in options}
+        keep = {k: options.pop(k) for k in ("earlier", "avoid", "is_valid") if k in options}
         sampler = scripted(answer, context)
         config = PromptsConfig(num_prompts=num_prompts, **options)
         prompts, counts = new_prompts(
@@ -91,16 +91,48 @@ def test_every_drop_has_its_reason(create):
     assert texts == [fresh(0), fresh(2)]
     assert counts == {
         "accepted": 2,
-        "truncated": 1,
+        "truncated": 2,
         "length": 1,
         "keyword": 1,
         "program": 1,
         "start": 1,
-        "duplicate": 3,
+        "duplicate": 2,
         "malformed": 1,
         "similar": 1,
         "empty": 1,
     }
+
+
+def test_a_list_that_was_cut_off_is_dropped_whole_or_but_for_its_last_task(create):
+    """Self-Instruct drops it whole."""
+    cut = (f" {fresh(0)}\n10. {fresh(1)}\n11. {fresh(2)}", "length")
+    whole = f" {fresh(3)}"
+    run = {"num_prompts": 4, "max_calls": 4}
+    answers = [cut, whole, cut, cut]
+    texts, counts, _ = create(lambda n, asked: answers[n], **run)
+    assert (texts, counts) == ([fresh(3)], {"accepted": 1, "truncated": 9})
+    texts, counts, _ = create(lambda n, asked: answers[n], keep_truncated=True, **run)
+    assert texts == [fresh(0), fresh(1), fresh(3)]
+    assert counts == {"accepted": 3, "truncated": 3, "duplicate": 4}
+
+
+def test_a_numbered_list_is_stopped(create):
+    """At item 16, as in Self-Instruct's code: eight are shown, and seven may come."""
+    _, _, sampler = create(two_tasks)
+    assert sampler.batches[0][1].stop == ("\n16.",)
+    _, _, sampler = create(two_tasks, max_tasks=2, num_seed_demos=3)
+    assert sampler.batches[0][1].stop == ("\n8.",)
+    _, _, sampler = create(two_tasks, max_tasks=0)
+    assert sampler.batches[0][1].stop == ()
+
+
+def test_prompts_of_earlier_rounds_are_neither_repeated_nor_approached(create):
+    answers = [fresh(0), fresh(0) + " more", fresh(1)]
+    texts, counts, _ = create(
+        lambda n, asked: " " + answers[n], num_prompts=3, max_calls=3, earlier=[fresh(0)]
+    )
+    assert texts == [fresh(1)]
+    assert counts == {"accepted": 1, "duplicate": 1, "similar": 1}
 
 
 def test_rouge_threshold_is_configurable(create):
@@ -120,6 +152,11 @@ def test_fewer_than_asked_is_no_error(create):
 def test_nothing_usable_is_an_error_that_says_why(create):
     with pytest.raises(UserError, match=r"in 4 calls \(length 4\)"):
         create(lambda n, asked: " no", max_calls=4)
+
+
+def test_a_model_that_gives_nothing_is_given_up(create):
+    with pytest.raises(UserError, match=r"in 544 calls \(truncated 544\).*keep_truncated"):
+        create(lambda n, asked: (" one two three four five", "length"), num_prompts=10_000)
 
 
 def test_no_seeds(create):

@@ -55,6 +55,11 @@ def test_what_is_written_can_be_read(name):
     assert before
 
 
+def test_the_item_to_stop_at():
+    assert load_task_list("tasks").stop(16) == ("\n16.",)
+    assert load_task_list("sandbox").stop(16) == (), "its items are not numbered"
+
+
 def test_one_line():
     assert one_line(" a\n\tb  c ; ", " ; ") == "a b c"
     assert one_line("a;b", "\n") == "a;b"

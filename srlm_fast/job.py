@@ -115,6 +115,7 @@ def prepare(config: Config, ranks: Ranks = ALONE, planned: Machine | None = None
     if folder and not planned:
         memory.check()
     task = task_from_files(config) if folder else make_task(config)
+    _check_prompt_model(config, weights=not planned)
     if config.sft.eval_steps or (config.preference.eval_steps and not task.test_pairs):
         raise UserError(
             "eval_steps needs held-out data, and only spa on data.preferences has some (the test "
@@ -144,6 +145,8 @@ def inputs(job: Job) -> dict[str, str]:
     models = [job.folder] if job.folder else []
     if reference := job.config.judge.reference_model:
         models.append(resolve_folder(reference))
+    if name := job.config.prompts.model:
+        models.append(resolve_folder(name))
     for folder in models:
         found[str(folder / "config.json")] = file_digest(folder / "config.json")
         found |= {str(p): f"{p.stat().st_size} bytes" for p in folder.glob("*.safetensors")}
@@ -169,6 +172,25 @@ def _check_reference(config: Config, folder: Path, model_config: Any, *, weights
         raise UserError(
             f"judge.reference {name} has a shorter context than the model; give the model that it"
             " was trained from"
+        )
+
+
+def _check_prompt_model(config: Config, *, weights: bool) -> None:
+    """The model that writes prompts must be there, read conversations and have room for them."""
+    name, wanted = config.prompts.model, config.prompts.max_new_tokens
+    if not name:
+        return
+    folder = str(resolve_folder(name, weights=weights))
+    try:
+        ChatTemplate(load_tokenizer(folder), config.prompts.chat_template)
+    except UserError as error:
+        said = str(error).replace("--template", "--prompts.chat_template")
+        raise UserError(f"prompts.model {name}: {said}") from error
+    context = context_of(check_folder(folder, weights=weights))
+    if wanted >= context:
+        raise UserError(
+            f"prompts.max_new_tokens = {wanted} leaves no room for a list of tasks in the context "
+            f"of prompts.model {name}, {context} tokens; lower it"
         )
 
 

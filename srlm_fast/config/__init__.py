@@ -100,7 +100,9 @@ class Config:
                 prompt=paths["judge"],
                 reference=_absolute(self.judge.reference_model) or self.judge.reference,
             ),
-            prompts=replace(self.prompts, template=paths["template"]),
+            prompts=replace(
+                self.prompts, template=paths["template"], model=_absolute(self.prompts.model)
+            ),
             sandbox=replace(self.sandbox, cache_dir=_absolute(self.sandbox.cache_dir)),
         )
 

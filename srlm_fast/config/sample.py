@@ -33,6 +33,10 @@ class PromptsConfig:
     """New prompts of each round."""
 
     source: Literal["self_instruct", "dataset"] = "self_instruct"
+    # HF folder or hub id of the model that writes them, the same in all rounds (SRLM's is Llama 2
+    # Chat); "": the model of the round. It is in memory only while it writes.
+    model: str = ""
+    chat_template: str = "auto"  # of that model, as `template` is of the run's
     num_prompts: int = 500
     num_prompts_by_round: tuple[int, ...] = ()  # instead: of each round, the last one's stays
     template: str = "tasks"  # a name in prompts/templates, or a file
@@ -50,6 +54,14 @@ class PromptsConfig:
     keyword_filter: bool = True
 
     def __post_init__(self) -> None:
+        require(
+            not self.model or self.source == "self_instruct",
+            "model writes prompts, and source: dataset takes them from a file; leave one out",
+        )
+        require(
+            self.chat_template == "auto" or bool(self.model),
+            "chat_template is that of prompts.model, and there is none; the run's is template",
+        )
         require(self.num_prompts >= 1, "num_prompts must be at least 1")
         require(
             min(self.num_prompts_by_round, default=1) >= 1, "num_prompts_by_round must be 1 or more"

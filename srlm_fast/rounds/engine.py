@@ -7,12 +7,15 @@ several ranks has all of this, computes its share of every stage, and comes to t
 
 from __future__ import annotations
 
+import gc
 import shutil
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+import torch
 
 from srlm_fast.config import PreferenceConfig
 from srlm_fast.data.records import Example, Pair, Preference, Prompt, Sample
@@ -43,6 +46,7 @@ from srlm_fast.train.online import Draw, train_online
 from srlm_fast.train.preference import train_preference
 from srlm_fast.train.sft import train_sft
 
+T = TypeVar("T")
 Tokens = tuple[list[int], list[int]]  # prompt ids, response ids
 
 
@@ -297,6 +301,28 @@ class Engine:
             return AdapterScorer(self.sampler, model)
         return self._sampler(model)
 
+    def write_prompts(self, write: Callable[[Sampler, ChatTemplate], T]) -> T:
+        """What `write` makes with the model that writes new prompts: the resident one, or the one
+        that `prompts.model` names, which is in memory for no longer than that."""
+        if not self.config.prompts.model:
+            return write(self.sampler, self.template)
+        self.sampler.sleep()  # its keys and values would be in the way
+        made = write(*self._prompt_model())
+        gc.collect()  # models hold themselves in cycles
+        if self.model.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return made
+
+    def _prompt_model(self) -> tuple[Sampler, ChatTemplate]:
+        config, device = self.config, self.model.device
+        folder = str(resolve_folder(config.prompts.model))
+        model = load_model(folder, device=device, dtype=config.dtype)
+        tokenizer = load_tokenizer(folder)
+        template = ChatTemplate(
+            tokenizer, config.prompts.chat_template, eos_token_ids(model, tokenizer)
+        )
+        return self._sampler(model, tokenizer, eos_ids=template.eos_ids), template
+
     def gold_pairs(self, rows: Sequence[Preference]) -> list[Pair]:
         """Labelled text as token ids (SPA's seed D)."""
         template = self.template
@@ -347,10 +373,11 @@ class Engine:
         if self.run.ranks.main:
             shutil.rmtree(self._state(name), ignore_errors=True)
 
-    def _sampler(self, model: Any, **options: Any) -> Sampler:
+    def _sampler(self, model: Any, tokenizer: Any = None, **options: Any) -> Sampler:
+        tokenizer = self.tokenizer if tokenizer is None else tokenizer
         if self.run.ranks.world > 1:
-            return ShardedSampler(model, self.tokenizer, ranks=self.run.ranks, **options)
-        return Sampler(model, self.tokenizer, **options)
+            return ShardedSampler(model, tokenizer, ranks=self.run.ranks, **options)
+        return Sampler(model, tokenizer, **options)
 
     def _tokens(self, example: Example | Sample) -> Tokens:
         if isinstance(example, Sample):

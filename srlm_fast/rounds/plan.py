@@ -68,7 +68,7 @@ def _stages(config: Config, task: Task) -> list[tuple[str, str]]:
         if config.judge.kind == "prompted":
             judged += f", {count * n * votes * config.judge.max_new_tokens:,} tokens"
         stages += [
-            (f"round {t}: prompts", f"{count} by {cfg.source}"),
+            (f"round {t}: prompts", f"{count} by {cfg.model or cfg.source}"),
             (f"round {t}: candidates", f"{count} prompts x {n}, at most {tokens:,} tokens"),
             (f"round {t}: judging", f"{config.judge.kind}, at most {judged}"),
             (f"round {t}: {learned[0]}", learned[1]),

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 
 from srlm_fast.config import Config
@@ -36,3 +39,16 @@ def test_the_variants_of_the_paper_are_accepted() -> None:
     assert load_config("srlm", expected).srlm.training == "positives"
     assert not load_config("srlm", {"eft.enabled": "false"}).eft.enabled
     assert Config(method="spa").srlm == Config().srlm
+
+
+def test_every_variant_of_the_documentation_is_a_setting() -> None:
+    """Of the table in docs/srlm.md; what stands there in capitals is a name of the user's."""
+    page = (Path(__file__).parents[2] / "docs" / "srlm.md").read_text("utf-8")
+    rows = [row for row in page.splitlines() if row.startswith("| ") and "`--" in row]
+    assert len(rows) > 12
+    for row in rows:
+        flags = dict(re.findall(r"--([a-z_.]+) ([^\s`]+)", row))
+        recipe = flags.pop("recipe", "srlm")
+        if "srlm.positive_score" in flags:
+            flags["srlm.training"] = "positives"
+        assert load_config(recipe, flags)

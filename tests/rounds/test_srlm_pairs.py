@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -184,6 +185,7 @@ def test_prompts_that_leave_no_room_are_dropped_and_counted() -> None:
         config=config, run=SimpleNamespace(seed=lambda _: 0), template=CharTemplate(),
         sampler=ScriptedSampler(lambda *_: "answer"), context=100,
     )  # fmt: skip
+    engine.with_room = partial(Engine.with_room, engine)
     prompts = [user("short"), user("word " * 20), user("brief")]
     drawn, dropped = Engine.candidates(engine, prompts, stage="candidates-1", round=1)
     assert dropped == {"prompt too long": 1}

@@ -125,7 +125,7 @@ def test_the_plan() -> None:
     job = prepare(
         load_config("sandbox-srlm", {"online": "true", "preference.num_train_epochs": "2"})
     )
-    text = " ".join(plan(job.config, job.task, None).split())
+    text = " ".join(plan(job.config, job.task, job.memory).split())
     assert "round 2: candidates 200 prompts x 8, at most 80,000 tokens" in text
     assert "round 2: online sigmoid, sampling and judging 16 prompts a step" in text
 

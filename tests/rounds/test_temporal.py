@@ -83,7 +83,7 @@ def test_the_best_of_now_against_the_worst_of_both(run: Any) -> None:
 
 def test_the_plan_counts_both() -> None:
     job = prepare(load_config("sandbox-srlm", {"pairs.anchored_rejection": "true"}))
-    text = " ".join(plan(job.config, job.task, None).split())
+    text = " ".join(plan(job.config, job.task, job.memory).split())
     assert "round 1: candidates 200 prompts x 4" in text
     assert "round 2: candidates 200 prompts x 8, at most 80,000 tokens" in text
 

@@ -14,7 +14,7 @@ import torch
 from srlm_fast.errors import UserError
 from srlm_fast.parallel import ALONE
 from srlm_fast.train.plan import MicroBatches
-from srlm_fast.train.preference import _Steps
+from srlm_fast.train.preference import PreferenceSteps
 from tests.srlm_kernels import ranks as processes
 from tests.train.test_parallel import REFINE, assert_same, here, states
 from tests.train.test_sharded import CONFIG, preferred
@@ -65,14 +65,17 @@ def it_goes_on_in_smaller_parts():
 
 
 def an_evaluation_on_one_rank_ends_all():
-    config, plain = replace(CONFIG, eval_steps=2), _Steps.eval_sums
+    config, plain = replace(CONFIG, eval_steps=2), PreferenceSteps.eval_sums
 
     def limited(self, indices):
         if here().main and len(indices) > 1:
             raise torch.OutOfMemoryError("no room")
         return plain(self, indices)
 
-    with mock.patch.object(_Steps, "eval_sums", limited), warnings.catch_warnings(record=True):
+    with (
+        mock.patch.object(PreferenceSteps, "eval_sums", limited),
+        warnings.catch_warnings(record=True),
+    ):
         ends(
             lambda: preferred(here(), config, cache=folder("dpo")),
             "an_evaluation_on_one_rank_ends_all",

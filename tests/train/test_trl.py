@@ -97,6 +97,7 @@ def test_evaluation_is_trls(models, pairs):
         reference_is_start=False,
     )  # fmt: skip
     ours = {key: value for key, value in logs[-1].items() if key.startswith("eval_")}
+    assert 0 <= ours.pop("eval_rewards/displaced") <= 1  # which TRL does not have
     trainer, _ = trl_trainer(policy, models[1], pairs, loss_type=["sigmoid"], beta=0.1)
     theirs = trainer.evaluate(eval_dataset=trainer.train_dataset)
     assert ours.keys() <= theirs.keys() and len(ours) == 7

@@ -6,9 +6,9 @@ its batch. The layers keep their weights; only their `forward` is another meanwh
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
@@ -18,9 +18,8 @@ from torch.nn import functional as F
 from srlm_fast.model.forward import Head
 from srlm_kernels import invariant_linear
 
-# Beyond this many rows oneDNN's bf16 products are faster than ours, and bf16 rounds far more than
-# a batch changes. In float32 ours are the faster ones at any number of rows.
-_MOST_BF16_ROWS = 128
+# With AMX oneDNN's bf16 products of more rows are faster than ours, which are made without it.
+_MOST_ROWS_WITH_AMX = 128
 
 
 @contextmanager
@@ -33,7 +32,7 @@ def invariant_linears(model: Any) -> Iterator[None]:
     ]
     try:
         for layer in layers:
-            layer.forward = partial(_forward, layer)  # type: ignore[method-assign]
+            layer.forward = functools.partial(_forward, layer)  # type: ignore[method-assign]
         yield
     finally:
         for layer in layers:
@@ -57,8 +56,15 @@ def head_products(head: Head, hidden: Tensor) -> Tensor:
 
 def linear(weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
     """x weight^T + bias in the dtype of `x`."""
-    rows = x.numel() // x.shape[-1]
-    ours = x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and rows <= _MOST_BF16_ROWS)
+    ours = x.dtype == torch.float32
+    if x.dtype == torch.bfloat16:
+        ours = x.numel() // x.shape[-1] <= _MOST_ROWS_WITH_AMX or not has_amx()
     if ours and x.device.type == "cpu" and x.dtype == weight.dtype:
         return invariant_linear(x, weight, bias)
     return F.linear(x, weight, bias)
+
+
+@functools.cache
+def has_amx() -> bool:
+    """Whether this CPU multiplies matrices of bf16."""
+    return bool(torch.cpu.get_capabilities().get("amx_bf16"))

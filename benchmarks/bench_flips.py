@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,35 +22,14 @@ import torch
 from benchmarks import rows, sampler_engines
 from benchmarks.bench_sampler import MODELS, model_of
 from benchmarks.sampler_engines import Generate, Prompts, Request, Samples, Task
-from srlm_fast.sampler import Sampler, SamplingParams
 
 RESULTS = rows.RESULTS / "flips.jsonl"
 LENGTH, TOKENS = 200, 64
 
 
-def ours(impl: str) -> Callable[[Task], Generate]:
-    """`Sampler.generate`; nothing is kept from one call to the next."""
-
-    def make(task: Task) -> Generate:
-        sampler = Sampler(task.model, impl=impl)
-
-        def generate(prompts: Prompts, request: Request) -> Samples:
-            params = SamplingParams(
-                n=request.n, max_tokens=request.new_tokens, seed=request.seed, ignore_eos=True,
-                temperature=0.0 if request.greedy else 1.0,
-            )  # fmt: skip
-            outputs = sampler.generate(prompts, params)
-            sampler.sleep()
-            return [[row.token_ids for row in output.outputs] for output in outputs]
-
-        return generate
-
-    return make
-
-
 ENGINES: dict[str, Callable[[Task], Generate]] = {
-    "ours": ours("auto"),
-    "ours, plain torch": ours("reference"),
+    "ours": partial(sampler_engines.ours, forget=True),
+    "ours, plain torch": partial(sampler_engines.ours, impl="reference", forget=True),
     "HF generate": sampler_engines.hf_generate,
 }
 # HF's samples share one random stream, and so differ in another batch whatever the rounding.

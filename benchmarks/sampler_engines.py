@@ -62,9 +62,10 @@ class Task:
         return str(self.model.dtype).removeprefix("torch.")
 
 
-def ours(task: Task) -> Generate:
-    """`Sampler.generate`. It keeps prompts for later calls, so no prompt may come twice."""
-    sampler = Sampler(task.model)
+def ours(task: Task, impl: str = "auto", *, forget: bool = False) -> Generate:
+    """`Sampler.generate`. It keeps prompts for later calls, so no prompt may come twice, unless it
+    is to `forget` each call."""
+    sampler = Sampler(task.model, impl=impl)
 
     def generate(prompts: Prompts, request: Request) -> Samples:
         params = SamplingParams(
@@ -72,6 +73,8 @@ def ours(task: Task) -> Generate:
             temperature=0.0 if request.greedy else 1.0,
         )  # fmt: skip
         outputs = sampler.generate(prompts, params)
+        if forget:
+            sampler.sleep()
         return [[sample.token_ids for sample in output.outputs] for output in outputs]
 
     return generate

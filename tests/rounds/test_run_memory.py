@@ -1,13 +1,11 @@
 """What a dry run says of each phase is what the system measures in the run."""
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests import peaks
 
 HERE = Path(__file__).resolve().parent
 CASE: dict[str, Any] = {
@@ -30,19 +28,7 @@ CASE: dict[str, Any] = {
 
 
 def test_phases_of_a_run_are_within_a_seventh(tmp_path: Path) -> None:
-    # Large tensors come straight from the system, none from what was freed before.
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
-    environment["PYTHONPATH"] = os.pathsep.join(str(HERE.parents[1] / p) for p in (".", "kernels"))
-    done = subprocess.run(
-        [sys.executable, HERE / "peak_run.py", json.dumps(CASE), tmp_path],
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    if "clear_refs" in done.stderr:
-        pytest.skip("the kernel's high-water mark cannot be reset here")
-    assert done.returncode == 0, done.stderr
-    found, backend = json.loads(done.stdout)
+    found, backend = peaks.predicted_and_measured(HERE / "peak_run.py", CASE, tmp_path)
     if backend != "cpp":
         pytest.skip(f"the sampler's ops run in {backend}, which the prediction is not for")
     ratios = {name: predicted / measured for name, (predicted, measured) in found.items()}

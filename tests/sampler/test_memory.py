@@ -1,13 +1,11 @@
 """The predicted peak of sampling and scoring is what the system then measures."""
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests import peaks
 
 HERE = Path(__file__).resolve().parent
 LLAMA = {
@@ -36,19 +34,8 @@ CASES: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", CASES)
 def test_within_a_seventh(name: str) -> None:
-    # Large tensors come straight from the system, none from what was freed before.
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
-    environment["PYTHONPATH"] = os.pathsep.join(str(HERE.parents[1] / p) for p in (".", "kernels"))
-    done = subprocess.run(
-        [sys.executable, HERE / "peak_sampling.py", json.dumps(BASE | CASES[name])],
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    if "clear_refs" in done.stderr:
-        pytest.skip("the kernel's high-water mark cannot be reset here")
-    assert done.returncode == 0, done.stderr
-    predicted, measured, backend = json.loads(done.stdout)
+    script = HERE / "peak_sampling.py"
+    predicted, measured, backend = peaks.predicted_and_measured(script, BASE | CASES[name])
     if "cpp" not in backend:
         pytest.skip(f"the ops in torch, which the prediction is not for: {backend}")
     assert 0.87 <= predicted / measured <= 1.15

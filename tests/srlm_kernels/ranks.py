@@ -13,11 +13,13 @@ from collections.abc import Callable, Collection
 from datetime import timedelta
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 
 import srlm_kernels
 
+Checks = dict[int, list[Callable[[], None]]]  # by the size of the group
 SECONDS = 120  # for all checks of a file together; one of them hangs when it is over
 
 
@@ -43,7 +45,16 @@ def assert_passed(check: Callable[[], None], outputs: Collection[str]) -> None:
         assert f"passed {name}\n" in output, f"rank {rank} of {len(outputs)}:\n{output}"
 
 
-def main(checks: dict[int, list[Callable[[], None]]]) -> None:
+def each(checks: Checks) -> pytest.MarkDecorator:
+    """A test for every `world` and `check`."""
+    return pytest.mark.parametrize(
+        ("world", "check"),
+        [(world, check) for world, todo in checks.items() for check in todo],
+        ids=lambda value: getattr(value, "__name__", str(value)),
+    )
+
+
+def main(checks: Checks) -> None:
     """The script: forks as many ranks as the keys say, one size after the other."""
     folder = Path(sys.argv[1])
     torch.set_num_threads(1)

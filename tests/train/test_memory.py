@@ -1,13 +1,11 @@
 """The predicted peak of a training is what the system then measures."""
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests import peaks
 
 HERE = Path(__file__).resolve().parent
 LLAMA = {
@@ -39,19 +37,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", CASES)
 def test_within_a_seventh(name: str) -> None:
-    # Large tensors come straight from the system, none from what was freed before.
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
-    environment["PYTHONPATH"] = os.pathsep.join(str(HERE.parents[1] / p) for p in (".", "kernels"))
-    done = subprocess.run(
-        [sys.executable, HERE / "peak_training.py", json.dumps(BASE | CASES[name])],
-        env=environment,
-        capture_output=True,
-        text=True,
+    predicted, measured = peaks.predicted_and_measured(
+        HERE / "peak_training.py", BASE | CASES[name]
     )
-    if "peft is needed" in done.stderr:
-        pytest.skip("peft is not installed (extra [peft])")
-    if "clear_refs" in done.stderr:
-        pytest.skip("the kernel's high-water mark cannot be reset here")
-    assert done.returncode == 0, done.stderr
-    predicted, measured = json.loads(done.stdout)
     assert 0.87 <= predicted / measured <= 1.15

@@ -345,11 +345,7 @@ def outputs(tmp_path_factory):
     return processes.start(__file__, tmp_path_factory.mktemp("ranks"))
 
 
-@pytest.mark.parametrize(
-    ("world", "check"),
-    [(world, check) for world, checks in CHECKS.items() for check in checks],
-    ids=lambda value: getattr(value, "__name__", str(value)),
-)
+@processes.each(CHECKS)
 def test_ranks(world, check, outputs):
     processes.assert_passed(check, outputs[world])
 

@@ -10,7 +10,6 @@ for (rows with padding, a cache, masks of another kind) is transformers' own sdp
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -77,15 +76,15 @@ def check_packing(model: Any) -> None:
         )
 
 
-@dataclass(frozen=True)
 class Sequences:
     """Stands where a mask would: the sequences of all rows of a batch, one row behind the other.
 
     window: a token sees that many up to itself; None: all of its sequence that came before.
     """
 
-    plan: PrefixPlan
-    window: int | None
+    # No dataclass: FSDP takes those apart on their way into a layer, and makes them anew.
+    def __init__(self, plan: PrefixPlan, window: int | None) -> None:
+        self.plan, self.window = plan, window
 
 
 def sequences(rule: Rule, rows: int, length: int, device: torch.device | str) -> Sequences | None:
@@ -141,9 +140,11 @@ def _mask(
 
     allow_is_causal_skip is false where sequences are packed, but not only there.
     """
-    is_plain = allow_is_causal_skip or attention_mask is not None or q_length != kv_length
+    is_plain = allow_is_causal_skip or attention_mask is not None
+    offsets = options.get("q_offset", 0), options.get("kv_offset", 0)  # tensors with a static cache
+    has_cache = q_length != kv_length or any(type(x) is not int or x for x in offsets)
     # `use_vmap`: a rule that takes no tensors. A graph under compilation cannot hold host lengths.
-    if not (is_plain or use_vmap or torch.compiler.is_compiling()):
+    if not (is_plain or has_cache or use_vmap or torch.compiler.is_compiling()):
         found = sequences(mask_function, batch_size, q_length, device)
         if found is not None:
             return found

@@ -145,6 +145,17 @@ def test_an_empty_response_counts_as_nothing():
     assert loss.isfinite() and all(value.isfinite().all() for value in rest)
 
 
+@pytest.mark.parametrize("nll", [False, True])
+def test_a_batch_without_a_label_has_no_margin_and_no_gradient(nll):
+    arguments = problem()
+    arguments["target"].fill_(-100)
+    loss, chosen, *_, of_head, of_states = call(
+        LigerFusedLinearDPOLoss, arguments, compute_nll_loss=nll
+    )
+    assert loss == pytest.approx(0.6931472) and not chosen.any()
+    assert not of_head.any() and not of_states.any()
+
+
 def test_what_liger_refuses_is_refused():
     with pytest.raises(UserError, match="unknown loss_type 'ipo'"):
         LigerFusedLinearDPOLoss(loss_type="ipo")

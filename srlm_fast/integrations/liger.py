@@ -6,6 +6,7 @@ the import is the only line that changes. New code calls `srlm_kernels.linear_pr
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -130,6 +131,22 @@ class LigerFusedLinearDPOLoss(nn.Module):
         ratio = (found.logp - found.ref_logp).view(-1, 2)
         ratio = ratio / counts.clamp(min=1) if self.average_log_prob else ratio
         return self.beta * ratio[:, 0], self.beta * ratio[:, 1]
+
+
+def replace_liger_loss(trainer: Any) -> bool:
+    """Puts our class in the place of Liger's in a trainer that holds one, with its options.
+
+    Trainers of TRL up to 1.12 do, as `liger_loss`, with `use_liger_kernel=True` (axolotl's
+    `dpo_use_liger_kernel`). Returns whether this one does.
+    """
+    theirs = getattr(trainer, "liger_loss", None)
+    if type(theirs).__name__ != LigerFusedLinearDPOLoss.__name__:
+        return False
+    if not isinstance(theirs, LigerFusedLinearDPOLoss):
+        names = inspect.signature(LigerFusedLinearDPOLoss).parameters
+        options = {name: getattr(theirs, name) for name in names if hasattr(theirs, name)}
+        trainer.liger_loss = LigerFusedLinearDPOLoss(**options)
+    return True
 
 
 @dataclass(frozen=True)

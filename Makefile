@@ -1,6 +1,7 @@
 # make run     the main job on the embedded default; ARGS="--sandbox.scale smoke" passes options on
 # make test    lint, types and tests
 # make aot36   compiles the Triton kernels for GPUs that are not here, as CUDA torch's Triton does
+# make docs    the documentation as a site, in build/site
 # make env     what is installed, and which implementation each op takes
 #
 # The first of them sets up $(VENV). PY=python3 takes an interpreter that has the packages already,
@@ -18,7 +19,7 @@ READY := $(VENV)/.installed
 PEERS := $(VENV)/.peers
 endif
 
-.PHONY: run test lint types unit aot36 env clean
+.PHONY: run test lint types unit aot36 docs env clean
 
 run: $(READY)
 	$(PY) -m srlm_fast.loop $(ARGS)
@@ -43,6 +44,9 @@ $(VENV)/triton36/.installed: $(READY)
 	$(PY) -m pip install --no-deps --target $(@D) triton==3.6.0
 	touch $@
 
+docs: $(READY) $(PEERS)
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
+
 env: $(READY)
 	$(PY) -m srlm_fast.env
 
@@ -57,7 +61,7 @@ $(VENV)/.installed: pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 	$(VENV)/bin/python -m pip install -c constraints.txt --no-build-isolation -e '.[test]'
 	touch $@
 
-# What our results and speed are compared with; only the tests and benchmarks want it.
+# What our results and speed are compared with, and what makes the documentation a site.
 $(VENV)/.peers: $(VENV)/.installed
-	$(VENV)/bin/python -m pip install -c constraints.txt --no-build-isolation -e '.[bench]'
+	$(VENV)/bin/python -m pip install -c constraints.txt --no-build-isolation -e '.[bench,docs]'
 	touch $@

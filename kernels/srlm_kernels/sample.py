@@ -67,7 +67,8 @@ def sample(
 
     Args:
         logits: [R, V] fp32, bf16 or fp16, unit column stride; fp64 with impl="torch".
-        seed, step: [R] int64; `step` counts the tokens that the row has drawn so far.
+        seed: [R] int64.
+        step: [R] int64, the tokens that the row has drawn so far.
         bias: [V] fp32, added to every row. is_stop: [V] bool, needed by `min_tokens`.
         seen: [R, V] bool, the tokens of prompt and response; the caller adds the drawn ones.
         impl: "auto", "torch", "cpp" (CPU) or "triton" (CUDA, or under its interpreter).

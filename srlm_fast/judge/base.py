@@ -21,7 +21,7 @@ class Judge(Protocol):
     def score(
         self, prompts: Sequence[Prompt], candidates: Sequence[Sequence[Sample]]
     ) -> list[list[Judgement]]:
-        """One judgement per candidate, in the shape of `candidates` ([prompt][candidate])."""
+        """One judgement per candidate, in the shape of `candidates`, `[prompt][candidate]`."""
 
 
 def text_samples(prompt: Prompt, responses: Sequence[str], template: ChatTemplate) -> list[Sample]:

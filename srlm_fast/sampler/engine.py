@@ -105,7 +105,8 @@ class Sampler:
     ) -> list[list[Tensor]]:
         """The model's raw log-probability (T = 1, nats) of each token of each completion.
 
-        [p][c] is a float32 CPU tensor as long as completions[p][c]. Raises UserError as `generate`.
+        `[p][c]` is a float32 CPU tensor as long as `completions[p][c]`. Raises UserError as
+        `generate` does.
         """
         if len(prompts) != len(completions):
             raise ValueError(f"{len(prompts)} prompts, but {len(completions)} lists of completions")

@@ -84,9 +84,10 @@ def main(arguments: list[str] | None = None) -> None:
                         "new_tokens": TOKENS,
                     },
                     "tokens": tokens, "flips": flips, "per_million": 1e6 * flips / tokens,
-                    **rows.circumstances([], compiling=False),
+                    **rows.circumstances(
+                        arguments, compiling=False, module="benchmarks.bench_flips"
+                    ),
                 }  # fmt: skip
-                row["command"] = " ".join(["python -m benchmarks.bench_flips", *arguments])
                 rows.append_row(args.json, row)
                 how = "greedy" if greedy else "sampled"
                 print(f"{dtype}, {engine}, {how}: {flips} flips in {tokens} tokens", flush=True)

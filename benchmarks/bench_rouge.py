@@ -98,14 +98,13 @@ def main() -> None:
     parser.add_argument("--accepted", type=int, default=100_000)
     parser.add_argument("--mean-words", type=int, default=16, help="of a prompt; Self-Instruct's")
     parser.add_argument("--brute", action="store_true", help="compare with every prompt before")
-    parser.add_argument("--results", type=Path, default=RESULTS / "rouge.jsonl")
+    parser.add_argument("--json", type=Path, default=RESULTS / "rouge.jsonl")
     args = parser.parse_args()
     torch.set_num_threads(1)
     pool: Filter = BruteForce(THRESHOLD) if args.brute else RougeIndex(THRESHOLD)
     row = {"filter": type(pool).__name__, **measure(pool, args.accepted, args.mean_words)}
-    row |= circumstances(sys.argv[1:], compiling=False)
-    row["command"] = row["command"].replace("benchmarks", "benchmarks.bench_rouge", 1)
-    append_row(args.results, row)
+    row |= circumstances(sys.argv[1:], compiling=False, module="benchmarks.bench_rouge")
+    append_row(args.json, row)
     print(json.dumps(row))
 
 

@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 _MEASURED = ("srlm_fast", "kernels", "csrc", "benchmarks", ":(exclude)benchmarks/results/*.jsonl")
 _PACKAGES = ("torch", "triton", "transformers", "trl", "liger-kernel", "cut-cross-entropy")
+_FILES = ("--json", "--resume")
 _POLICIES = ("other", "fifo", "rr", "batch", "iso", "idle", "deadline")
 
 Row = dict[str, Any]
@@ -37,7 +38,7 @@ def commit() -> str:
     return (git("rev-parse", "--short", "HEAD") or "unknown") + ("-dirty" if changed else "")
 
 
-def circumstances(arguments: list[str], compiling: bool) -> Row:
+def circumstances(arguments: list[str], compiling: bool, *, module: str = "benchmarks") -> Row:
     """What a time depends on besides the case: machine, versions, threads, scheduling, command."""
     capabilities = torch.cpu.get_capabilities()
     return {
@@ -52,8 +53,19 @@ def circumstances(arguments: list[str], compiling: bool) -> Row:
         | {"vllm": _vllm_version()},
         "commit": commit(),
         "date": datetime.date.today().isoformat(),
-        "command": shlex.join(["python", "-m", "benchmarks", *arguments]),
+        "command": shlex.join(["python", "-m", module, *_without_files(arguments)]),
     }
+
+
+def _without_files(arguments: list[str]) -> list[str]:
+    """Where the rows go is no circumstance."""
+    kept, words = list[str](), iter(arguments)
+    for word in words:
+        if word in _FILES:
+            next(words)
+        elif not word.startswith(tuple(f"{name}=" for name in _FILES)):
+            kept.append(word)
+    return kept
 
 
 def _version(distribution: str) -> str | None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from benchmarks.__main__ import main
-from benchmarks.rows import append_row, is_final, key, read_rows
+from benchmarks.rows import append_row, circumstances, is_final, key, read_rows
 
 HERE = Path(__file__).parent
 Bench = Callable[..., list[dict[str, Any]]]
@@ -133,3 +133,10 @@ def test_an_unknown_op_is_an_error_that_lists_the_known(
 
 def test_cases_can_be_chosen_by_their_name(bench: Bench, clock: Any) -> None:
     assert measured(bench("--only", "sleep", "--case", "1")) == ["case 1: short", "case 1: long"]
+
+
+def test_the_command_of_a_row_names_no_file_of_rows():
+    """Rows once said in whose scratch folder they were made."""
+    for files in (["--json", "/scratch/r.jsonl"], ["--resume=/scratch/r.jsonl"]):
+        row = circumstances(["--only", "gemm", *files, "--case", "a b"], compiling=False)
+        assert row["command"] == "python -m benchmarks --only gemm --case 'a b'"

@@ -23,6 +23,7 @@ from srlm_fast.errors import UserError
 from srlm_fast.evaluate.report import render_report
 from srlm_fast.evaluate.table import summary_table
 from srlm_fast.judge.judge_prompt import load_judge_prompt
+from srlm_fast.judge.pairwise import load_pairwise_prompt
 from srlm_fast.judge.scorer import load_scorer, scorer_file
 from srlm_fast.model.load import (
     check_folder,
@@ -39,6 +40,7 @@ from srlm_fast.rounds.engine import Engine
 from srlm_fast.rounds.manifest import Run, file_digest
 from srlm_fast.rounds.memory import Machine, RunMemory, machine_here, weights_dtype
 from srlm_fast.rounds.plan import check_training
+from srlm_fast.rounds.selection import validation_prompts
 from srlm_fast.rounds.spa import spread_preference_annotation
 from srlm_fast.rounds.srlm import self_rewarding
 from srlm_fast.rounds.summary import summarise
@@ -94,6 +96,8 @@ def prepare(config: Config, ranks: Ranks = ALONE, planned: Machine | None = None
             load_task_list(config.prompts.template)
     if config.judge.kind == "scorer":
         load_scorer(config.judge.scorer)
+    if config.preference.load_best_model_at_end and config.pairwise.kind == "prompted":
+        load_pairwise_prompt(config.pairwise.prompt)
     check_trackers(config.report_to)
     if not planned:
         ranks.check_device(config.device)
@@ -128,6 +132,7 @@ def prepare(config: Config, ranks: Ranks = ALONE, planned: Machine | None = None
             "prompts.source is self_instruct, which shows the model instructions of IFT data, and"
             f" {config.method} has none here; set --prompts.source dataset"
         )
+    validation_prompts(config, task)
     return Job(config, task, folder, memory, missing)
 
 
@@ -199,6 +204,8 @@ def _check_room(config: Config, context: int) -> None:
     wanted = {"sampling.max_new_tokens": config.sampling.max_new_tokens}
     if config.judge.kind == "prompted":
         wanted["judge.max_new_tokens"] = config.judge.max_new_tokens
+    if config.preference.load_best_model_at_end and config.pairwise.kind == "prompted":
+        wanted["pairwise.max_new_tokens"] = config.pairwise.max_new_tokens
     for name, tokens in wanted.items():
         if tokens >= context:
             raise UserError(

@@ -14,6 +14,7 @@ from srlm_fast.config.data import DataConfig, SandboxConfig
 from srlm_fast.config.judge import EFTConfig, EvaluateConfig, JudgeConfig, PairsConfig
 from srlm_fast.config.methods import check_methods
 from srlm_fast.config.options import check_options
+from srlm_fast.config.pairwise import PairwiseConfig, check_pairwise
 from srlm_fast.config.rules import require
 from srlm_fast.config.sample import PromptsConfig, SamplingConfig
 from srlm_fast.config.spa import SPAConfig
@@ -28,6 +29,7 @@ __all__ = [
     "JudgeConfig",
     "LoraConfig",
     "PairsConfig",
+    "PairwiseConfig",
     "PreferenceConfig",
     "PromptsConfig",
     "SPAConfig",
@@ -61,6 +63,7 @@ class Config:
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     judge: JudgeConfig = field(default_factory=JudgeConfig)
     pairs: PairsConfig = field(default_factory=PairsConfig)
+    pairwise: PairwiseConfig = field(default_factory=PairwiseConfig)
     eft: EFTConfig = field(default_factory=EFTConfig)
     prompts: PromptsConfig = field(default_factory=PromptsConfig)
     srlm: SRLMConfig = field(default_factory=SRLMConfig)
@@ -76,6 +79,7 @@ class Config:
         )
         check_srlm(self)
         check_options(self)
+        check_pairwise(self)
 
     @property
     def refines_labels(self) -> bool:
@@ -100,6 +104,7 @@ class Config:
                 prompt=paths["judge"],
                 reference=_absolute(self.judge.reference_model) or self.judge.reference,
             ),
+            pairwise=replace(self.pairwise, prompt=paths["pairwise"]),
             prompts=replace(
                 self.prompts, template=paths["template"], model=_absolute(self.prompts.model)
             ),
@@ -112,6 +117,7 @@ class Config:
             "preferences": self.data.preferences,
             "prompts": self.data.prompts,
             "judge": self.judge.prompt,
+            "pairwise": self.pairwise.prompt,
             "template": self.prompts.template,
         }
 

@@ -65,7 +65,8 @@ def check_online_training(train: PreferenceConfig, tau: str | None) -> None:
     """Raises UserError for what needs all pairs of a training beforehand, or whole weights in a
     sharded one. tau: of SPA's refinement, if there is one."""
     for name, off in (
-        ("save_steps", 0), ("eval_steps", 0), ("parallel", "replicate"), ("reference_cache", "none")
+        ("load_best_model_at_end", False), ("save_steps", 0), ("eval_steps", 0),
+        ("parallel", "replicate"), ("reference_cache", "none"),
     ):  # fmt: skip
         require(
             getattr(train, name) == off,

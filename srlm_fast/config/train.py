@@ -87,6 +87,8 @@ class PreferenceConfig(TrainConfig):
     sync_ref_model: bool = False  # TR-DPO: the reference follows the policy
     ref_model_mixup_alpha: float = 0.6  # by this share at a time; 1: it becomes the policy
     ref_model_sync_steps: int = 512  # optimiser steps between two times
+    # The result is not the last step's but the best of the checkpoints kept, by `pairwise`.
+    load_best_model_at_end: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()

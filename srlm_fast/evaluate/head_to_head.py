@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 from srlm_fast.data.records import Prompt, Sample, Vote
 from srlm_fast.evaluate.correlation import mean
-from srlm_fast.evaluate.responses import win_rate
+from srlm_fast.evaluate.responses import outcome_rates
 
 
 class Comparison(Protocol):
@@ -38,18 +38,17 @@ class Comparer(Protocol):
 def head_to_head(
     judge: Comparer, ours: Sequence[Sample], theirs: Sequence[Sample]
 ) -> dict[str, Any]:
-    """`win_rate`'s shares by the verdicts of `judge` on one response of either model to a prompt.
+    """`outcome_rates` by the verdicts of `judge` on one response of either model to a prompt.
 
     inconsistent: share of the prompts with a verdict in both orders on which the two differ; it is
         a tie then. first_place: mean vote for whatever stood first, 1/2 for a judge to whom the
         place is all one. Both None where nobody was asked.
     """
     found = judge.compare([sample.prompt for sample in ours], ours, theirs)
-    outcomes = [comparison.outcome for comparison in found]
     asked = [comparison.votes for comparison in found if comparison.votes]
     voted = [(a.score, b.score) for a, b in asked if a.score is not None and b.score is not None]
     return {
-        **win_rate(outcomes, [None if o is None else 1.0 - o for o in outcomes]),
+        **outcome_rates([comparison.outcome for comparison in found]),
         "judged_by": judge.name,
         "inconsistent": mean([one != other for one, other in voted]),
         "first_place": mean([(one + 1.0 - other) / 2 for one, other in voted]),

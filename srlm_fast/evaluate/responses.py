@@ -58,15 +58,26 @@ def length_metrics(groups: Sequence[Sequence[Sample]]) -> dict[str, float | None
 def win_rate(
     scores: Sequence[float | None], others: Sequence[float | None]
 ) -> dict[str, float | None]:
-    """Shares of prompts where `scores` wins, ties or loses against `others`, prompt by prompt.
+    """`outcome_rates` of `scores` against `others`, prompt by prompt: the higher score wins."""
+    return outcome_rates([_outcome(a, b) for a, b in zip(scores, others, strict=True)])
 
-    A prompt that either side has no score for is left out, and counted in `unscored`.
+
+def outcome_rates(outcomes: Sequence[float | None]) -> dict[str, float | None]:
+    """Shares of prompts won (an outcome of 1), tied (1/2) and lost (0).
+
+    A prompt without an outcome, None, is left out and counted in `unscored`.
     """
-    both = [(a, b) for a, b in zip(scores, others, strict=True) if a is not None and b is not None]
+    known = [outcome for outcome in outcomes if outcome is not None]
     return {
-        "win": mean([a > b + TIE for a, b in both]),
-        "tie": mean([abs(a - b) <= TIE for a, b in both]),
-        "lose": mean([a < b - TIE for a, b in both]),
-        "prompts": len(both),
-        "unscored": len(scores) - len(both),
+        "win": mean([outcome == 1 for outcome in known]),
+        "tie": mean([0 < outcome < 1 for outcome in known]),
+        "lose": mean([outcome == 0 for outcome in known]),
+        "prompts": len(known),
+        "unscored": len(outcomes) - len(known),
     }
+
+
+def _outcome(a: float | None, b: float | None) -> float | None:
+    if a is None or b is None:
+        return None
+    return 0.5 if abs(a - b) <= TIE else float(a > b)

@@ -95,6 +95,7 @@ def result_rows(models: Sequence[Model]) -> list[Row]:
             ),
         ),
         ("  chosen less likely than before", _number("training", "displaced")),
+        ("  checkpoint chosen (step)", _number("training", "best_step", digits=0)),
         ("  judgements parsed in its round", _number("round_parsed_share")),
         ("  labels right by the oracle", _number("label_accuracy")),
         ("  truly equal pairs", _number("labels", "equal")),

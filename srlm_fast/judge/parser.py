@@ -70,13 +70,16 @@ def through_score_line(text: str) -> str:
 
 
 def _verdict(text: str, first: bool) -> re.Match[str] | None:
-    found = _SCORE.finditer(_own_words(text))
+    found = _SCORE.finditer(own_words(text))
     chosen = islice(found, 1) if first else deque(found, maxlen=1)
     return next(iter(chosen), None)
 
 
-def _own_words(text: str) -> str:
-    """`text` with the response that it repeats blanked out, up to the last closing tag: a response
+def own_words(text: str) -> str:
+    """`text` with the responses that it repeats blanked out, up to the last closing tag: a response
     may hold one itself."""
-    start, end = text.find("<response>"), text.rfind("</response>")
-    return text[:start] + "\0" * (end - start) + text[end:] if 0 <= start < end else text
+    for tag in ("response", "response_a", "response_b"):
+        start, end = text.find(f"<{tag}>"), text.rfind(f"</{tag}>")
+        if 0 <= start < end:
+            text = text[:start] + "\0" * (end - start) + text[end:]
+    return text

@@ -110,7 +110,7 @@ class Engine:
                 seed=self.run.seed(name),
                 pad_id=self.template.pad_id,
                 log=self.run.logger(f"train/{name}"),
-                checkpoint=self._state(name),
+                checkpoint=self.state(name),
                 ranks=self.run.ranks,
             )
 
@@ -124,6 +124,7 @@ class Engine:
         fixed: Path,
         refine: Refinement | None = None,
         eval_pairs: Sequence[Preference] = (),
+        choose: Callable[[int], dict[str, Any]] | None = None,
         **changes: Any,
     ) -> None:
         """Train the resident model on `pairs` into model `name`, against its own start.
@@ -131,11 +132,13 @@ class Engine:
         fixed: the reference instead, where the configuration says `reference: fixed`, and where
         its average begins, with `reference: ema`.
         eval_pairs: held-out labels, for `preference.eval_steps`.
+        choose: gives the resident model the weights to keep, when it is told the last step, and
+        says which; before anything is saved.
         """
         config = self._fit(replace(self.config.preference, **changes))
 
         def train() -> dict[str, Any]:
-            return train_preference(
+            summary = train_preference(
                 self.model,
                 self._compared_with(config, fixed),
                 pairs,
@@ -146,10 +149,11 @@ class Engine:
                 pad_id=self.template.pad_id,
                 log=self.run.logger(f"train/{name}"),
                 eval_pairs=self.gold_pairs(eval_pairs) if config.eval_steps else (),
-                cache=self._state(name),
-                checkpoint=self._state(name),
+                cache=self.state(name),
+                checkpoint=self.state(name),
                 ranks=self.run.ranks,
             )
+            return summary | choose(summary["steps"]) if choose else summary
 
         self._become(name, train)
 
@@ -363,7 +367,7 @@ class Engine:
         if self.run.ranks.main:
             self.weights.save(self.tokenizer, self.folder(name))
 
-    def _state(self, name: str) -> Path:
+    def state(self, name: str) -> Path:
         """Where a training that is under way keeps what it needs to go on."""
         return self.run.folder / "state" / name
 
@@ -371,7 +375,7 @@ class Engine:
         """A finished training, or one that was stopped just before it could do this, needs none."""
         self.run.ranks.barrier()  # no rank reads it any more
         if self.run.ranks.main:
-            shutil.rmtree(self._state(name), ignore_errors=True)
+            shutil.rmtree(self.state(name), ignore_errors=True)
 
     def _sampler(self, model: Any, tokenizer: Any = None, **options: Any) -> Sampler:
         tokenizer = self.tokenizer if tokenizer is None else tokenizer

@@ -46,6 +46,7 @@ def _stages(config: Config, task: Task) -> list[tuple[str, str]]:
         stages += [("SFT", f"{len(task.ift)} IFT rows")] if task.ift else []
         stages += [] if config.spa.no_seed else [seed]
     loss = "spa" if config.refines_labels else config.preference.loss_type
+    chosen = ", the best of its checkpoints" if config.preference.load_best_model_at_end else ""
     votes = config.judge.num_samples if config.judge.kind == "prompted" else 1
     for t in range(1, config.rounds + 1):
         n = config.sampling.num_candidates
@@ -58,7 +59,7 @@ def _stages(config: Config, task: Task) -> list[tuple[str, str]]:
             n *= config.preference.num_train_epochs
         tokens = count * n * config.sampling.max_new_tokens
         pairs = round(count / (1 - config.pairs.gold_replay))
-        learned = "preference", f"at most {pairs} pairs, {loss}"
+        learned = "preference", f"at most {pairs} pairs, {loss}{chosen}"
         if config.srlm.training == "positives":
             learned = "SFT", f"of the base model, at most {count * n} rows more by each round"
         if config.online:

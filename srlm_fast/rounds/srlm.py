@@ -7,6 +7,7 @@ from srlm_fast.data.task import Task
 from srlm_fast.rounds.engine import Engine
 from srlm_fast.rounds.evaluation import evaluate
 from srlm_fast.rounds.online import online_round
+from srlm_fast.rounds.selection import checkpoint_choice
 from srlm_fast.rounds.spa import refinement
 from srlm_fast.rounds.stages import (
     best_and_worst,
@@ -58,7 +59,10 @@ def self_rewarding(engine: Engine, task: Task) -> None:
                 engine.sft(name, rows)
             else:
                 pairs = best_and_worst(engine, samples, verdicts, t)
-                engine.dpo(name, pairs, fixed=engine.folder(start), refine=refine)
+                engine.dpo(
+                    name, pairs, fixed=engine.folder(start), refine=refine,
+                    choose=checkpoint_choice(engine, task, name),
+                )  # fmt: skip
         now = engine.folder(previous)
         evaluate(
             engine, task, name, round=t, previous=previous, initial=initial, before=now, pairs=pairs

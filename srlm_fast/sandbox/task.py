@@ -38,6 +38,8 @@ def make_task(config: Config) -> Task:
             "prompts.num_prompts or rounds"
         )
     prompts = pools.draw("prompts", wanted)
+    if config.preference.load_best_model_at_end:
+        test += pools.draw("validation", config.pairwise.num_prompts)
 
     def trees(name: str, tasks: Sequence[TaskPrompt], quality: Quality) -> list[RankedGroup]:
         rng = Random(f"{name} responses {config.seed}")

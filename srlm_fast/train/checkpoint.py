@@ -19,8 +19,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from srlm_fast.config import TrainConfig
 from srlm_fast.data.jsonl import write_text
@@ -190,6 +192,26 @@ def checkpoints_of(
     return Checkpoints(
         folder / f"training-{digest.hexdigest()[:16]}", config.save_total_limit, ranks
     )
+
+
+def saved_weights(folder: Path, limit: int) -> dict[int, Path]:
+    """The files of the newest `limit` checkpoints (0: of all) in `checkpoints_of`'s folder, in the
+    order of their steps; of the training that wrote there last. Not where weights are sharded."""
+    trainings = sorted(folder.glob("training-*"), key=lambda path: path.stat().st_mtime)
+    paths = trainings[-1].glob("checkpoint-*") if trainings else ()
+    # Of older ones, whose removal was cut short, there may be remains.
+    kept = sorted(paths, key=_step)[-limit:]
+    return {_step(path): path / "state.safetensors" for path in kept}
+
+
+@torch.no_grad()
+def load_saved_weights(model: nn.Module, file: Path) -> None:
+    """Puts the trained weights of a checkpoint into `model`, in place; those that no training
+    changes are not in it."""
+    with safe_open(file, framework="pt") as saved:
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                parameter.copy_(saved.get_tensor(f"weight/{name}"))
 
 
 def _step(path: Path) -> int:

@@ -4,6 +4,7 @@ from srlm_fast.evaluate.responses import (
     length_metrics,
     mean_scores,
     oracle_metrics,
+    outcome_rates,
     win_rate,
 )
 
@@ -70,3 +71,12 @@ def test_rounding_of_a_mean_is_not_a_win():
 def test_win_rate_refuses_to_compare_different_prompts():
     with pytest.raises(ValueError):
         win_rate([1.0], [1.0, 2.0])
+
+
+def test_outcomes_of_comparisons_become_shares():
+    assert outcome_rates([1.0, 0.5, 0.0, 0.0, None]) == {
+        "win": 0.25, "tie": 0.25, "lose": 0.5, "prompts": 4, "unscored": 1,
+    }  # fmt: skip
+    assert outcome_rates([None]) == {
+        "win": None, "tie": None, "lose": None, "prompts": 0, "unscored": 1,
+    }  # fmt: skip

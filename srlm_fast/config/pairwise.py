@@ -1,0 +1,64 @@
+"""A judge of two responses."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from srlm_fast.config.rules import require, require_sampling
+
+if TYPE_CHECKING:
+    from srlm_fast.config import Config
+
+
+@dataclass(frozen=True)
+class PairwiseConfig:
+    """Who compares two responses, and how; used by `preference.load_best_model_at_end`."""
+
+    kind: Literal["prompted", "score"] = "prompted"  # score: who scores higher by `judge` is better
+    prompt: str = "verdict"  # a name in judge/prompts/pairwise, or a file with three placeholders
+    temperature: float = 0.0
+    top_p: float = 1.0
+    max_new_tokens: int = 512
+    num_prompts: int = 64  # held-out prompts on which checkpoints are compared
+
+    def __post_init__(self) -> None:
+        require(self.max_new_tokens >= 1, "max_new_tokens must be at least 1")
+        require(self.num_prompts >= 1, "num_prompts must be at least 1")
+        require_sampling(self.temperature, self.top_p)
+        asked = (self.prompt, self.temperature, self.top_p, self.max_new_tokens)
+        require(
+            self.kind == "prompted" or asked == ("verdict", 0.0, 1.0, 512),
+            "kind: score asks nobody to compare; leave out prompt, temperature, top_p and "
+            "max_new_tokens, or set kind: prompted",
+        )
+
+
+def check_pairwise(config: Config) -> None:
+    """Raises UserError where a pairwise judge has nothing to do, or cannot do it."""
+    train = config.preference
+    chooses = train.load_best_model_at_end
+    require(
+        chooses or config.pairwise == PairwiseConfig(),
+        "pairwise compares checkpoints; set preference.load_best_model_at_end, or leave it out",
+    )
+    if not chooses:
+        return
+    require(
+        config.method == "srlm" and config.srlm.training == "preference",
+        "preference.load_best_model_at_end is for method srlm with srlm.training: preference",
+    )
+    require(
+        train.save_steps > 0,
+        "preference.load_best_model_at_end chooses among checkpoints; set preference.save_steps",
+    )
+    require(
+        train.parallel == "replicate",
+        "preference.load_best_model_at_end needs preference.parallel: replicate, as no process can "
+        "sample with a share of the weights",
+    )
+    require(
+        config.pairwise.kind == "prompted" or config.judge.kind != "implicit",
+        "pairwise.kind: score cannot take the implicit reward, which on a model's own responses "
+        "grows by drift alone; set pairwise.kind: prompted",
+    )

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from srlm_fast.config import Config
+from srlm_fast.config.pairwise import compares_in_words
 from srlm_fast.data.exports import alpaca_eval_rows
 from srlm_fast.data.files import task_from_files
 from srlm_fast.data.jsonl import read_jsonl, write_json, write_text
@@ -96,7 +97,7 @@ def prepare(config: Config, ranks: Ranks = ALONE, planned: Machine | None = None
             load_task_list(config.prompts.template)
     if config.judge.kind == "scorer":
         load_scorer(config.judge.scorer)
-    if config.preference.load_best_model_at_end and config.pairwise.kind == "prompted":
+    if compares_in_words(config):
         load_pairwise_prompt(config.pairwise.prompt)
     check_trackers(config.report_to)
     if not planned:
@@ -204,7 +205,7 @@ def _check_room(config: Config, context: int) -> None:
     wanted = {"sampling.max_new_tokens": config.sampling.max_new_tokens}
     if config.judge.kind == "prompted":
         wanted["judge.max_new_tokens"] = config.judge.max_new_tokens
-    if config.preference.load_best_model_at_end and config.pairwise.kind == "prompted":
+    if compares_in_words(config):
         wanted["pairwise.max_new_tokens"] = config.pairwise.max_new_tokens
     for name, tokens in wanted.items():
         if tokens >= context:

@@ -111,6 +111,7 @@ class EvaluateConfig:
     top_p: float = 0.9
     num_judge_groups: int = 60
     greedy: bool = True
+    head_to_head: bool = False  # a model's answers against every earlier one's, by `pairwise`
 
     def __post_init__(self) -> None:
         require(self.num_prompts >= 1, "num_prompts must be at least 1")

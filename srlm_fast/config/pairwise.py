@@ -13,14 +13,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PairwiseConfig:
-    """Who compares two responses, and how; used by `preference.load_best_model_at_end`."""
+    """Who compares two responses, and how, for `preference.load_best_model_at_end` and
+    `evaluate.head_to_head`."""
 
     kind: Literal["prompted", "score"] = "prompted"  # score: who scores higher by `judge` is better
     prompt: str = "verdict"  # a name in judge/prompts/pairwise, or a file with three placeholders
     temperature: float = 0.0
     top_p: float = 1.0
     max_new_tokens: int = 512
-    num_prompts: int = 64  # held-out prompts on which checkpoints are compared
+    num_prompts: int = 64  # held-out prompts on which checkpoints, not models, are compared
 
     def __post_init__(self) -> None:
         require(self.max_new_tokens >= 1, "max_new_tokens must be at least 1")
@@ -34,31 +35,42 @@ class PairwiseConfig:
         )
 
 
+def compares_in_words(config: Config) -> bool:
+    """Whether the run asks a model to compare responses."""
+    compares = config.preference.load_best_model_at_end or config.evaluate.head_to_head
+    return compares and config.pairwise.kind == "prompted"
+
+
 def check_pairwise(config: Config) -> None:
     """Raises UserError where a pairwise judge has nothing to do, or cannot do it."""
     train = config.preference
     chooses = train.load_best_model_at_end
+    compares = chooses or config.evaluate.head_to_head
     require(
-        chooses or config.pairwise == PairwiseConfig(),
-        "pairwise compares checkpoints; set preference.load_best_model_at_end, or leave it out",
+        compares or config.pairwise == PairwiseConfig(),
+        "pairwise compares checkpoints (preference.load_best_model_at_end) or models "
+        "(evaluate.head_to_head); set one of them, or leave it out",
     )
-    if not chooses:
-        return
     require(
-        config.method == "srlm" and config.srlm.training == "preference",
+        chooses or config.pairwise.num_prompts == PairwiseConfig.num_prompts,
+        "pairwise.num_prompts is of preference.load_best_model_at_end; models are compared on "
+        "evaluate.num_prompts: leave it out",
+    )
+    require(
+        not compares or config.pairwise.kind == "prompted" or config.judge.kind != "implicit",
+        "pairwise.kind: score cannot take the implicit reward, which on a model's own responses "
+        "grows by drift alone; set pairwise.kind: prompted",
+    )
+    require(
+        not chooses or (config.method == "srlm" and config.srlm.training == "preference"),
         "preference.load_best_model_at_end is for method srlm with srlm.training: preference",
     )
     require(
-        train.save_steps > 0,
+        not chooses or train.save_steps > 0,
         "preference.load_best_model_at_end chooses among checkpoints; set preference.save_steps",
     )
     require(
-        train.parallel == "replicate",
+        not chooses or train.parallel == "replicate",
         "preference.load_best_model_at_end needs preference.parallel: replicate, as no process can "
         "sample with a share of the weights",
-    )
-    require(
-        config.pairwise.kind == "prompted" or config.judge.kind != "implicit",
-        "pairwise.kind: score cannot take the implicit reward, which on a model's own responses "
-        "grows by drift alone; set pairwise.kind: prompted",
     )

@@ -16,6 +16,7 @@ from srlm_fast.evaluate.policy import evaluate_model
 from srlm_fast.judge.base import Judge, text_samples
 from srlm_fast.rounds.engine import Engine
 from srlm_fast.rounds.manifest import Run
+from srlm_fast.rounds.selection import pairwise_judge
 
 
 def evaluate(
@@ -47,7 +48,7 @@ def evaluate(
         )
 
     def make() -> tuple[list[Sample], dict[str, Any]]:
-        earlier = _evaluated(run)
+        earlier, compares = _evaluated(run), engine.config.evaluate.head_to_head
         judge = engine.judge("evaluate", initial or engine.base, before)
         implicit: Judge | None = judge if judge.name == "implicit" else None
         if implicit is None and initial and task.test_pairs:
@@ -61,6 +62,7 @@ def evaluate(
             config=engine.config,
             judge=judge,
             implicit=implicit,
+            pairwise=pairwise_judge(engine, "evaluate") if compares else None,
             opponents=_samples(run, earlier[: earlier.index(previous) + 1] if previous else []),
             pairs=pairs,
         )

@@ -195,7 +195,7 @@ BEST = {"preference.load_best_model_at_end": "true", "preference.save_steps": "5
 @pytest.mark.parametrize(
     ("settings", "complaint"),
     [
-        ({"pairwise.kind": "score"}, "pairwise compares checkpoints; set preference.load_best"),
+        ({"pairwise.kind": "score"}, "pairwise compares checkpoints .* set one of them"),
         ({"preference.load_best_model_at_end": "true"}, "set preference.save_steps$"),
         (BEST | {"method": "spa"}, "is for method srlm with srlm.training: preference"),
         (
@@ -206,6 +206,18 @@ BEST = {"preference.load_best_model_at_end": "true", "preference.save_steps": "5
         (BEST | {"preference.parallel": "shard"}, "needs preference.parallel: replicate"),
         (BEST | {"pairwise.kind": "score", "judge.kind": "implicit"}, "grows by drift alone"),
         (BEST | {"pairwise.kind": "score", "pairwise.prompt": "x"}, "asks nobody to compare"),
+        (
+            {
+                "evaluate.head_to_head": "true",
+                "pairwise.kind": "score",
+                "judge.kind": "implicit",
+            },
+            "grows by drift alone",
+        ),
+        (
+            {"evaluate.head_to_head": "true", "pairwise.num_prompts": "9"},
+            "num_prompts is of preference.load_best_model_at_end",
+        ),
         (BEST | {"pairwise.num_prompts": "0"}, "num_prompts must be at least 1"),
         (BEST | {"pairwise.max_new_tokens": "0"}, "max_new_tokens must be at least 1"),
         (BEST | {"pairwise.top_p": "0"}, "top_p must be above 0"),

@@ -31,6 +31,10 @@ class JudgeConfig:
         require(self.max_new_tokens >= 1, "max_new_tokens must be at least 1")
         require_sampling(self.temperature, self.top_p)
         require(
+            self.kind != "prompted" or self.temperature > 0 or self.num_samples == 1,
+            "num_samples must be 1 with temperature 0: the votes on a response would all be equal",
+        )
+        require(
             self.kind == "implicit" or self.reference == "sft",
             "reference is what the implicit judge compares with: leave it at sft, or set kind to"
             " implicit",

@@ -22,6 +22,10 @@ class SamplingConfig:
 
     def __post_init__(self) -> None:
         require(self.num_candidates >= 2, "num_candidates must be at least 2: a pair needs two")
+        require(
+            self.temperature != 0 and self.top_k != 1,
+            "temperature must not be 0, nor top_k 1: the candidates of a prompt would all be equal",
+        )
         require(self.top_k >= 0, "top_k must not be negative (0: off)")
         require(self.max_new_tokens >= 1, "max_new_tokens must be at least 1")
         require(self.keep_truncated or not self.force_eos, "force_eos needs keep_truncated: true")

@@ -38,6 +38,12 @@ def check_srlm(config: Config) -> None:
         config.method == "srlm" or config.srlm == SRLMConfig(),
         "srlm.training is for method srlm; leave it out, or set method to srlm",
     )
+    eft = config.eft
+    require(
+        not (eft.enabled and eft.target == "judge" and eft.max_tries > 1)
+        or config.judge.temperature > 0,
+        "eft.max_tries must be 1 with judge.temperature 0: every try would be the same",
+    )
     require(
         not positives or config.judge.kind not in UNSCALED,
         f"srlm.training: positives needs scores from 0 to 5, and judge.kind {config.judge.kind} "

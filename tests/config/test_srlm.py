@@ -12,6 +12,7 @@ from srlm_fast.errors import UserError
 from srlm_fast.recipes import load_config
 
 POSITIVES = {"srlm.training": "positives"}
+GREEDY = {"judge.temperature": "0", "judge.num_samples": "1"}
 
 
 @pytest.mark.parametrize(
@@ -26,6 +27,11 @@ POSITIVES = {"srlm.training": "positives"}
         (POSITIVES | {"judge.kind": "scorer", "judge.scorer": "a:b"}, "judge.kind scorer gives"),
         (POSITIVES | {"judge.kind": "expected"}, "must be below 5 with judge.kind expected"),
         (POSITIVES | {"pairs.length_control": "0.2"}, "positives makes no pairs; leave"),
+        ({"sampling.temperature": "0"}, "^sampling.temperature must not be 0, nor top_k 1: the"),
+        ({"sampling.top_k": "1"}, "candidates of a prompt would all be equal"),
+        ({"judge.temperature": "0"}, "^judge.num_samples must be 1 with temperature 0"),
+        (GREEDY | {"eft.max_tries": "2"}, "eft.max_tries must be 1 with judge.temperature 0"),
+        ({"prompts.max_tasks": "-1"}, "max_tasks must not be negative"),
     ],
 )  # fmt: skip
 def test_senseless_settings_are_refused(settings: dict[str, str], complaint: str) -> None:
@@ -39,13 +45,17 @@ def test_the_variants_of_the_paper_are_accepted() -> None:
     assert load_config("srlm", expected).srlm.training == "positives"
     assert not load_config("srlm", {"eft.enabled": "false"}).eft.enabled
     assert Config(method="spa").srlm == Config().srlm
+    assert load_config("srlm", GREEDY).judge.num_samples == 1
+    ranks = GREEDY | {"eft.max_tries": "2", "eft.target": "rank"}
+    assert load_config("srlm", ranks).eft.target == "rank"
+    assert load_config("srlm", {"judge.kind": "expected", "judge.temperature": "0"})
 
 
 def test_every_variant_of_the_documentation_is_a_setting() -> None:
     """Of the table in docs/srlm.md; what stands there in capitals is a name of the user's."""
     page = (Path(__file__).parents[2] / "docs" / "srlm.md").read_text("utf-8")
     rows = [row for row in page.splitlines() if row.startswith("| ") and "`--" in row]
-    assert len(rows) > 12
+    assert len(rows) > 15
     for row in rows:
         flags = dict(re.findall(r"--([a-z_.]+) ([^\s`]+)", row))
         recipe = flags.pop("recipe", "srlm")

@@ -146,6 +146,10 @@ def test_it_must_stay_the_same_while_a_run_is_unfinished(
         ({"--prompts.model": "nowhere/at/all"}, "model folder 'nowhere/at/all' does not exist"),
         ({"--prompts.max_new_tokens": "256"}, "leaves no room for a list of tasks"),
         ({"--prompts.chat_template": "nothing"}, "unknown chat template 'nothing'"),
+        (
+            {"--prompts.model": "", "--prompts.max_new_tokens": "100000"},
+            "prompts.max_new_tokens = 100000 leaves no room for a prompt in the model's context",
+        ),
     ],
 )
 def test_what_cannot_work_is_refused_before_the_run(

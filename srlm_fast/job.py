@@ -205,8 +205,8 @@ def _check_room(config: Config, context: int) -> None:
     wanted = {"sampling.max_new_tokens": config.sampling.max_new_tokens}
     if config.judge.kind == "prompted":
         wanted["judge.max_new_tokens"] = config.judge.max_new_tokens
-    writes_prompts = config.rounds and config.prompts.source == "self_instruct"
-    if writes_prompts and not config.prompts.model:
+    writes_prompts = config.prompts.source == "self_instruct" and not config.prompts.model
+    if config.method == "srlm" and writes_prompts:
         wanted["prompts.max_new_tokens"] = config.prompts.max_new_tokens
     if compares_in_words(config):
         wanted["pairwise.max_new_tokens"] = config.pairwise.max_new_tokens

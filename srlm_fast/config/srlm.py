@@ -38,10 +38,9 @@ def check_srlm(config: Config) -> None:
         config.method == "srlm" or config.srlm == SRLMConfig(),
         "srlm.training is for method srlm; leave it out, or set method to srlm",
     )
-    eft = config.eft
+    judges = config.method == "srlm" and config.eft.enabled and config.eft.target == "judge"
     require(
-        not (eft.enabled and eft.target == "judge" and eft.max_tries > 1)
-        or config.judge.temperature > 0,
+        not judges or config.eft.max_tries == 1 or config.judge.temperature > 0,
         "eft.max_tries must be 1 with judge.temperature 0: every try would be the same",
     )
     require(

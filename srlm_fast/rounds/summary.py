@@ -15,7 +15,7 @@ ORACLE_NOTE = (
 REFERENCES = {"fixed": "fixed", "ema": "an average of the models so far"}
 
 
-def models_by_round(config: Config) -> dict[str, int]:
+def model_names(config: Config) -> dict[str, int]:
     """The models of a run in the order they are made, and the round that makes each (0: none)."""
     rounds = range(1, config.rounds + 1)
     if config.method == "srlm":
@@ -40,7 +40,7 @@ def summarise(run: Run, task: Task) -> dict[str, Any]:
             {"name": name, "seconds": s["seconds"], "rows": s.get("rows"), "tokens": _tokens(s)}
             for name, s in stages.items()
         ],
-        "models": [_model(run, name, t) for name, t in models_by_round(config).items()],
+        "models": [_model(run, name, t) for name, t in model_names(config).items()],
         "base_model": run.info("pretrain") or {"folder": config.model},
         "notes": _notes(run, task),
     }

@@ -114,7 +114,7 @@ def prepare(config: Config, ranks: Ranks = ALONE, planned: Machine | None = None
         if "tokenizer files" not in missing:
             ChatTemplate(load_tokenizer(str(folder)), config.template)
             _check_reference(config, folder, model_config, weights=not planned)
-        _check_room(config, context_of(model_config))
+    _check_room(config, context_of(model_config))
     check_training(config, weights_dtype(config, model_config, machine.device), machine.device)
     memory = RunMemory.of(config, model_config, machine, ranks)
     if folder and not planned:
@@ -133,7 +133,7 @@ def prepare(config: Config, ranks: Ranks = ALONE, planned: Machine | None = None
             "prompts.source is self_instruct, which shows the model instructions of IFT data, and"
             f" {config.method} has none here; set --prompts.source dataset"
         )
-    validation_prompts(config, task)
+    validation_prompts(config, task)  # there are enough
     return Job(config, task, folder, memory, missing)
 
 

@@ -27,37 +27,40 @@ class PairwiseConfig:
         require(self.max_new_tokens >= 1, "max_new_tokens must be at least 1")
         require(self.num_prompts >= 1, "num_prompts must be at least 1")
         require_sampling(self.temperature, self.top_p)
-        asked = (self.prompt, self.temperature, self.top_p, self.max_new_tokens)
-        require(
-            self.kind == "prompted" or asked == ("verdict", 0.0, 1.0, 512),
-            "kind: score asks nobody to compare; leave out prompt, temperature, top_p and "
-            "max_new_tokens, or set kind: prompted",
-        )
+
+
+def compares(config: Config) -> bool:
+    """Whether the run has anything to compare."""
+    return config.preference.load_best_model_at_end or config.evaluate.head_to_head
 
 
 def compares_in_words(config: Config) -> bool:
     """Whether the run asks a model to compare responses."""
-    compares = config.preference.load_best_model_at_end or config.evaluate.head_to_head
-    return compares and config.pairwise.kind == "prompted"
+    return compares(config) and config.pairwise.kind == "prompted"
 
 
 def check_pairwise(config: Config) -> None:
     """Raises UserError where a pairwise judge has nothing to do, or cannot do it."""
-    train = config.preference
+    train, pairwise = config.preference, config.pairwise
     chooses = train.load_best_model_at_end
-    compares = chooses or config.evaluate.head_to_head
     require(
-        compares or config.pairwise == PairwiseConfig(),
+        compares(config) or pairwise == PairwiseConfig(),
         "pairwise compares checkpoints (preference.load_best_model_at_end) or models "
         "(evaluate.head_to_head); set one of them, or leave it out",
     )
     require(
-        chooses or config.pairwise.num_prompts == PairwiseConfig.num_prompts,
+        chooses or pairwise.num_prompts == PairwiseConfig.num_prompts,
         "pairwise.num_prompts is of preference.load_best_model_at_end; models are compared on "
         "evaluate.num_prompts: leave it out",
     )
     require(
-        not compares or config.pairwise.kind == "prompted" or config.judge.kind != "implicit",
+        pairwise.kind == "prompted"
+        or pairwise == PairwiseConfig(kind="score", num_prompts=pairwise.num_prompts),
+        "pairwise.kind: score asks nobody to compare; leave out the prompt of pairwise, its "
+        "temperature, top_p and max_new_tokens, or set kind: prompted",
+    )
+    require(
+        compares_in_words(config) or not compares(config) or config.judge.kind != "implicit",
         "pairwise.kind: score cannot take the implicit reward, which on a model's own responses "
         "grows by drift alone; set pairwise.kind: prompted",
     )

@@ -48,11 +48,12 @@ def evaluate(
         )
 
     def make() -> tuple[list[Sample], dict[str, Any]]:
-        earlier, compares = _evaluated(run), engine.config.evaluate.head_to_head
+        earlier = _evaluated(run)
         judge = engine.judge("evaluate", initial or engine.base, before)
         implicit: Judge | None = judge if judge.name == "implicit" else None
         if implicit is None and initial and task.test_pairs:
             implicit = engine.implicit(initial)
+        compares = engine.config.evaluate.head_to_head
         metrics, samples = evaluate_model(
             name,
             round=round,

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from srlm_fast.config import Config, PreferenceConfig, TrainConfig
+from srlm_fast.config.pairwise import compares
 from srlm_fast.errors import UserError
 from srlm_fast.model.load import context_of, resolve_device, text_config
 from srlm_fast.model.sizes import count_parameters, without_data
@@ -162,6 +163,8 @@ class RunMemory:
             found.append(self.training("sft"))
         if config.srlm.training != "positives":
             found.append(self.training("preference"))
+        if compares(config):
+            found.append(self.comparing())
         return found
 
     @property
@@ -200,14 +203,36 @@ class RunMemory:
 
     def judging(self) -> Phase:
         """By a judge prompt for each candidate, in the memory that has the candidates' prompts."""
-        judge = self.config.judge
         count = self.prompts * self.config.sampling.num_candidates
-        if judge.kind == "expected":
-            call = Call("next", count, self.context)
+        return self._sampler("judging", [*self._drawn(), *self._judged(count)])
+
+    def comparing(self) -> Phase:
+        """Of two answers to a prompt, those of checkpoints too. Then what the last step trained is
+        beside the model in the host's memory."""
+        config, pairwise = self.config, self.config.pairwise
+        chooses = config.preference.load_best_model_at_end
+        calls, prompts = self._drawn(), config.evaluate.num_prompts * config.evaluate.head_to_head
+        if chooses:
+            calls.append(self._candidates("generate", pairwise.num_prompts, 1))
+            prompts = max(prompts, pairwise.num_prompts)
+        if pairwise.kind == "prompted":
+            length = pairwise.max_new_tokens
+            room = max(1, self.context - length)
+            calls.append(Call("generate", 2 * prompts, room, 1, length))
         else:
-            prompt = max(1, self.context - judge.max_new_tokens)
-            call = Call("generate", count, prompt, judge.num_samples, judge.max_new_tokens)
-        return self._sampler("judging", [*self._drawn(), call])
+            calls += self._judged(2 * prompts)
+        on_host = chooses and self.machine.device.type == "cpu"
+        return self._sampler("comparing", calls, last_step=self.reference if on_host else 0)
+
+    def _judged(self, count: int) -> list[Call]:
+        """By a prompt for each of so many responses, where the judge has one."""
+        judge = self.config.judge
+        if judge.kind == "expected":
+            return [Call("next", count, self.context)]
+        if judge.kind != "prompted":
+            return []
+        prompt = max(1, self.context - judge.max_new_tokens)
+        return [Call("generate", count, prompt, judge.num_samples, judge.max_new_tokens)]
 
     def scoring(self) -> Phase:
         """By the implicit reward, of candidates and test pairs: a second model with a sampler of
@@ -229,8 +254,11 @@ class RunMemory:
         length = self.config.sampling.max_new_tokens
         return Call(kind, prompts, max(1, self.context - length), rows, length)
 
-    def _sampler(self, name: str, calls: Sequence[Call], scored: Call | None = None) -> Phase:
-        """`scored`: what the reference's sampler is asked for, too."""
+    def _sampler(
+        self, name: str, calls: Sequence[Call], scored: Call | None = None, last_step: int = 0
+    ) -> Phase:
+        """`scored`: what the reference's sampler is asked for, too. `last_step`: bytes that are
+        there besides."""
         device, room = self.machine.device, self.machine.room
         adapters = self.reference if self.config.lora.r else 0  # of the round's start
         # A reference that is no model of the run is taken to be as large as they are.
@@ -250,8 +278,10 @@ class RunMemory:
             parts["reference"] = twin
         if adapters:
             parts["frozen adapters"] = adapters
+        if last_step:
+            parts["last step"] = last_step
         cure = self._cure(*(["train adapters (lora.r), whose base is there once"] if twin else []))
-        least = self.weights + twin + adapters
+        least = self.weights + twin + adapters + last_step
         return Phase(name, parts, sum(size or 0 for size in parts.values()), least, 0, cure)
 
     def training(self, name: str) -> Phase:

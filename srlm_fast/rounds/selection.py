@@ -97,7 +97,8 @@ def strongest(steps: Sequence[int], contest: Contest) -> tuple[int, list[dict[st
     """The step that stands when each has challenged the best before it, and the contests, of which
     `contest` gives `head_to_head`'s shares.
 
-    A challenger must win more prompts than it loses: of equals the earlier stays.
+    A challenger must win more prompts than it loses: of equals the earlier stays. Where no contest
+    has a verdict nothing speaks for any of them, and the last is taken.
     """
     best, contests = steps[0], []
     for step in steps[1:]:
@@ -105,7 +106,8 @@ def strongest(steps: Sequence[int], contest: Contest) -> tuple[int, list[dict[st
         contests.append({"step": step, "against": best, **rates})
         if (rates["win"] or 0.0) > (rates["lose"] or 0.0):
             best = step
-    return best, contests
+    decided = any(contest["prompts"] for contest in contests)
+    return best if decided else steps[-1], contests
 
 
 def _trained(model: nn.Module) -> dict[str, Tensor]:

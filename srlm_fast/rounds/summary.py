@@ -72,6 +72,13 @@ def _notes(run: Run, task: Task) -> list[str]:
         )
     if run.config.method == "srlm" and not run.config.eft.enabled:
         notes.append("There is no evaluation data (EFT), so the SFT baseline is M1.")
+    for name in model_names(run.config):
+        contests = run.info(f"train/{name}").get("checkpoints")
+        if contests and not any(contest["prompts"] for contest in contests):
+            notes.append(
+                f"No comparison of {name}'s checkpoints gave a verdict, so it is the last of them; "
+                "pairwise.kind: score is for models that cannot compare."
+            )
     if task.dropped:
         lost = ", ".join(f"{reason} {n}" for reason, n in task.dropped.items())
         notes.append(f"Dropped while reading the data: {lost}.")

@@ -10,9 +10,12 @@ from transformers import LlamaConfig, MixtralConfig
 
 from srlm_fast.config import (
     Config,
+    EvaluateConfig,
     JudgeConfig,
     LoraConfig,
+    PairwiseConfig,
     PreferenceConfig,
+    PromptsConfig,
     SamplingConfig,
     TrainConfig,
 )
@@ -77,6 +80,34 @@ def test_phases_are_those_of_the_method_and_its_judge() -> None:
     assert names("srlm", "longest") == ["sampling", "sft", "preference"]
     assert names("spa", "implicit") == ["sampling", "scoring", "preference"]
     assert names("spa", "prompted") == ["sampling", "judging", "scoring", "preference"]
+
+
+def test_comparing_is_a_phase_of_its_own_with_the_last_step_on_the_host() -> None:
+    run = replace(config(), evaluate=EvaluateConfig(head_to_head=True))
+    assert [p.name for p in memory(run).phases][-1] == "comparing"
+    assert "last step" not in phase("comparing", run).parts
+    chooses = config(load_best_model_at_end=True, save_steps=1)
+    parts = phase("comparing", chooses).parts
+    assert parts["last step"] == parts["weights"] == 4 * COUNT
+    assert phase("comparing", chooses).least == 2 * 4 * COUNT
+    assert "last step" not in phase("comparing", chooses, device="cuda").parts
+
+    few = replace(
+        chooses,
+        prompts=PromptsConfig(source="dataset", num_prompts=1),
+        evaluate=EvaluateConfig(num_prompts=1),
+        judge=JudgeConfig(num_samples=1, max_new_tokens=100),
+    )
+
+    def pages(num_prompts: int, **pairwise: Any) -> int:
+        compared = PairwiseConfig(num_prompts=num_prompts, **pairwise)
+        return phase("comparing", replace(few, pairwise=compared)).parts["pages"] or 0
+
+    # 156 tokens of a prompt fill three pages, and two more are a row's own. A prompt more is one to
+    # answer, whose pages are kept, and two for the judge: both orders, or both answers.
+    page = 64 * 2 * 2 * 64 * 4
+    for settings in ({"max_new_tokens": 100}, {"kind": "score"}):
+        assert pages(9, **settings) - pages(8, **settings) == (3 + 2 * (3 + 2)) * page
 
 
 def test_what_makes_a_training_smaller() -> None:

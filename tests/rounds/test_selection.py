@@ -15,8 +15,9 @@ from srlm_fast.data.records import user
 from srlm_fast.data.task import Task
 from srlm_fast.errors import UserError
 from srlm_fast.evaluate.responses import outcome_rates
+from srlm_fast.judge.pairwise import Comparison
 from srlm_fast.recipes import load_config
-from srlm_fast.rounds import engine, selection
+from srlm_fast.rounds import engine, selection, srlm
 from srlm_fast.rounds.selection import strongest, validation_prompts
 from srlm_fast.train.checkpoint import Checkpoint, Checkpoints, saved_weights
 
@@ -48,8 +49,11 @@ def test_each_challenges_the_best_before_it() -> None:
     assert all(c["unscored"] == 1 for c in contests)
 
 
-def test_without_a_verdict_the_first_stays() -> None:
-    assert strongest([1, 2], lambda *_: outcome_rates([None, None]))[0] == 1
+def test_without_any_verdict_the_last_stays() -> None:
+    unscored = outcome_rates([None, None])
+    assert strongest([1, 2], lambda *_: unscored)[0] == 2
+    tie = outcome_rates([None, 0.5])
+    assert strongest([1, 2, 3], lambda one, _: tie if one == 2 else unscored)[0] == 1
     assert strongest([7], lambda *_: outcome_rates([1.0])) == (7, [])
 
 
@@ -110,9 +114,9 @@ def chosen(run_loop: Any, tmp_path_factory: Any, seen: Seen) -> Path:
     return out
 
 
-def info(out: Path) -> dict[str, Any]:
+def info(out: Path, model: str = "M2") -> dict[str, Any]:
     found: dict[str, Any] = json.loads((out / "manifest.json").read_text())
-    return dict(found["stages"]["train/M2"]["info"])
+    return dict(found["stages"][f"train/{model}"]["info"])
 
 
 def weights(out: Path, step: int) -> dict[str, torch.Tensor]:
@@ -172,20 +176,47 @@ def test_the_last_step_is_a_candidate_though_it_was_not_saved(
     assert not all(nothing[key].equal(first[key]) for key in nothing)
 
 
-def test_stopped_while_it_chooses(
-    run_loop: Any, chosen: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_stopped_wherever_it_is(
+    run_loop: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """In the midst of a training, while it chooses, between two rounds, and in the next training:
+    the result is that of a run that was never stopped."""
+    write, candidates = Checkpoints.write, srlm.candidates
+
     def stop(*_: Any) -> Any:
         raise KeyboardInterrupt
 
-    out = tmp_path / "run"
-    with monkeypatch.context() as patch:
-        patch.setattr(selection, "strongest", stop)
-        assert run_loop("srlm", out, **CHOOSE) == 130
-    assert run_loop("srlm", out, "--resume", **CHOOSE) == 0
-    assert info(out) == info(chosen)
-    one, other = (load_file(o / "models/M2/model.safetensors") for o in (out, chosen))
-    assert all(one[key].equal(other[key]) for key in one)
+    def write_and_stop(self: Checkpoints, checkpoint: Checkpoint) -> None:
+        write(self, checkpoint)
+        if checkpoint.step == 2:
+            raise KeyboardInterrupt
+
+    def stop_in_round_2(engine: Any, prompts: Any, t: int) -> Any:
+        return candidates(engine, prompts, t) if t == 1 else stop()
+
+    changes = CHOOSE | {"rounds": "2"}
+    whole, out = tmp_path / "whole", tmp_path / "run"
+    assert run_loop("srlm", whole, **changes) == 0
+    places: list[tuple[Any, str, Any]] = [
+        (Checkpoints, "write", write_and_stop),
+        (selection, "strongest", stop),
+        (srlm, "candidates", stop_in_round_2),
+        (Checkpoints, "write", write_and_stop),
+    ]
+    for place, name, act in places:
+        with monkeypatch.context() as patch:
+            patch.setattr(place, name, act)
+            assert run_loop("srlm", out, *["--resume"][: out.exists()], **changes) == 130
+    done = json.loads((out / "manifest.json").read_text())["stages"]
+    assert "train/M2" in done and "train/M3" not in done
+    under_way = {path.name for path in (out / "state/M3").glob("training-*/*")}
+    assert under_way == {"checkpoint-1", "checkpoint-2"}
+    assert run_loop("srlm", out, "--resume", **changes) == 0
+    for model in ("M2", "M3"):
+        assert info(out, model) == info(whole, model)
+        one, other = (load_file(o / f"models/{model}/model.safetensors") for o in (out, whole))
+        assert all(one[key].equal(other[key]) for key in one)
+    assert (out / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
     assert not list((out / "state").iterdir()), "nothing is left of it"
 
 
@@ -226,6 +257,35 @@ BEST = {"preference.load_best_model_at_end": "true", "preference.save_steps": "5
 def test_senseless_settings_are_refused(settings: dict[str, str], complaint: str) -> None:
     with pytest.raises(UserError, match=complaint):
         load_config("srlm", settings)
+
+
+def test_a_model_that_cannot_compare_is_its_last_step(
+    run_loop: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the summary says why."""
+
+    class Silent:
+        name = "silent"
+
+        def compare(self, prompts: Any, ones: Any, others: Any) -> list[Comparison]:
+            return [Comparison(None) for _ in prompts]
+
+    out = tmp_path / "run"
+    monkeypatch.setattr(selection, "pairwise_judge", lambda *_: Silent())
+    assert run_loop("srlm", out, **CHOOSE) == 0
+    training = info(out)
+    assert training["best_step"] == training["steps"] > 1
+    assert all(contest["prompts"] == 0 for contest in training["checkpoints"])
+    [note] = [n for n in json.loads((out / "summary.json").read_text())["notes"] if "verdict" in n]
+    assert note.startswith("No comparison of M2's checkpoints gave a verdict")
+
+
+def test_a_comparison_must_fit_in_the_context_of_the_sandbox_too(
+    run_loop: Any, tmp_path: Path, capsys: Any
+) -> None:
+    changes = CHOOSE | {"pairwise__kind": "prompted"}
+    assert run_loop("srlm", tmp_path / "run", **changes) == 2
+    assert "pairwise.max_new_tokens = 512 leaves no room" in capsys.readouterr().err
 
 
 def test_a_prompt_that_is_not_there_is_found_before_the_run(

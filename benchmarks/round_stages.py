@@ -76,7 +76,7 @@ def our_round(work: Round, policy: Any, initial: Any) -> dict[str, float]:
         ]
         for prompt, output in zip(ids, sampler.generate(ids, params), strict=True)
     ]  # fmt: skip
-    judge = ImplicitJudge(sampler, Sampler(initial))
+    judge = ImplicitJudge(sampler, Sampler(initial), own_round=1)
     verdicts = judge.score([group[0].prompt for group in groups], groups)
     pairs, _ = select_pairs(groups, verdicts, round=1)
     sampler.sleep()

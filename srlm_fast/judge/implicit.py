@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -48,16 +48,22 @@ class AdapterScorer:
 class ImplicitJudge:
     """Scores log pi(y|x) - log pi_init(y|x), in nats, summed over the response ids as sampled.
 
-    Without beta: the order is the same. Both terms are rescored by
-    `Sampler.score`, the policy's too, so that they share one numerical path (number 11). Without a
-    `reference` the score is log pi(y|x). What is longer than the model's context is not scored.
+    Without beta: the order is the same. Without a `reference` the score is log pi(y|x). What is
+    longer than the model's context is not scored.
+
+    Both terms come of `Sampler.score`, along one numerical path. But where `own_round`
+    is given, `policy` has drawn the samples of that round with the weights that it has now, and
+    what it found their tokens' log-probs to be then is not computed again.
     """
 
     name = "implicit"
 
-    def __init__(self, policy: Sampler, reference: Scorer | None) -> None:
+    def __init__(
+        self, policy: Sampler, reference: Scorer | None, *, own_round: int | None = None
+    ) -> None:
         self.policy = policy
         self.reference = reference
+        self.own_round = own_round
 
     def score(
         self, prompts: Sequence[Prompt], candidates: Sequence[Sequence[Sample]]
@@ -66,7 +72,7 @@ class ImplicitJudge:
         if len(prompts) != len(candidates):
             raise ValueError(f"{len(prompts)} prompts but {len(candidates)} groups of candidates")
         scored = [[sample for sample in group if self._fits(sample)] for group in candidates]
-        policy = iter(sequence_logp(self.policy, scored))
+        policy = self._policy_logp(scored)
         init = iter(sequence_logp(self.reference, scored)) if self.reference else None
         return [
             [
@@ -77,6 +83,19 @@ class ImplicitJudge:
             ]
             for group in candidates
         ]
+
+    def _policy_logp(self, groups: Sequence[Sequence[Sample]]) -> Iterator[float]:
+        """log pi(y|x) of every sample, in order."""
+        unknown = [[sample for sample in group if not self._drew(sample)] for group in groups]
+        computed = iter(sequence_logp(self.policy, unknown))
+        for group in groups:
+            for sample in group:
+                yield math.fsum(sample.logprobs) if self._drew(sample) else next(computed)
+
+    def _drew(self, sample: Sample) -> bool:
+        """Whether `policy` drew all of these ids: an EOS, say, may have been put behind them."""
+        is_whole = len(sample.logprobs) == len(sample.response_ids)
+        return sample.round == self.own_round and is_whole
 
     def _fits(self, sample: Sample) -> bool:
         length = len(sample.prompt_ids) + len(sample.response_ids)

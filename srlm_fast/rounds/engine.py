@@ -263,11 +263,13 @@ class Engine:
             )
         return fitting
 
-    def judge(self, stage: str, initial: Path, before: Path | None = None) -> Judge:
+    def judge(
+        self, stage: str, initial: Path, before: Path | None = None, *, own_round: int | None = None
+    ) -> Judge:
         """The judge of the configuration, on the resident model.
 
         initial: SPA's pi_init. before: the model that the resident one was trained from; None:
-        pi_init too.
+        pi_init too. own_round: the round whose samples are the resident model's own.
         """
         cfg, seed = self.config.judge, self.run.seed(stage)
         if cfg.kind == "random":
@@ -275,7 +277,10 @@ class Engine:
         if cfg.kind == "longest":
             return LongestJudge()
         if cfg.kind == "implicit":
-            return ImplicitJudge(self.sampler, self._reference(initial, before or initial))
+            # In 16 bits what sampling and scoring find differs by as much as candidates may.
+            drew = own_round if self.model.dtype.itemsize >= 4 else None
+            reference = self._reference(initial, before or initial)
+            return ImplicitJudge(self.sampler, reference, own_round=drew)
         if cfg.kind == "scorer":
             return ScorerJudge(load_scorer(cfg.scorer), self.run.ranks)
         if cfg.kind == "expected":

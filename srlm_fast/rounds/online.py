@@ -47,7 +47,8 @@ def online_round(
         fitting = [prompt for prompt, _ in engine.with_room(prompts)]
         config, seed = engine.config.preference, engine.run.seed(name)
         plan = plan_steps(range(len(fitting)), config, seed)
-        source = _Source(engine, fitting, plan, t, engine.judge(f"judge-{t}", initial, before))
+        judge = engine.judge(f"judge-{t}", initial, before, own_round=t)
+        source = _Source(engine, fitting, plan, t, judge)
         source.dropped["prompt too long"] = len(prompts) - len(fitting)
         pairs, training = engine.train_online(
             name, source.pairs, len(plan), num_pairs=len(fitting), fixed=fixed, refine=refine

@@ -164,7 +164,7 @@ def judgements(
         row = {id(s): i for i, s in enumerate(samples)}
         usable, dropped = drop_unusable(by_prompt(samples), engine.config.sampling.keep_truncated)
         groups = [group for group in usable if group]
-        judge = engine.judge(f"judge-{t}", initial or engine.base, before)
+        judge = engine.judge(f"judge-{t}", initial or engine.base, before, own_round=t)
         verdicts = judge.score([g[0].prompt for g in groups], groups)
         flat = [
             replace(v, sample=row[id(s)])

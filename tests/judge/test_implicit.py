@@ -1,11 +1,13 @@
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
-from srlm_fast.data.records import user
+from srlm_fast.data.records import Sample, user
 from srlm_fast.judge.base import text_samples
 from srlm_fast.judge.implicit import ImplicitJudge
+from srlm_fast.sampler import SamplingParams
 
 PROMPTS = [user("sort these a b c"), user("sort these d"), user("yes")]
 
@@ -69,3 +71,63 @@ def test_infinite_reward_is_invalid(candidates):
 
     [[judgement, *_], *_] = ImplicitJudge(Certain(), None).score(PROMPTS, candidates)
     assert (judgement.score, judgement.invalid) == (None, "not finite")
+
+
+def drawn(sampler, n=2):
+    """Candidates of `sampler` as a round stores them, in its round 3."""
+    ids = [[5, 6, 7], [8, 9]]
+    outputs = sampler.generate(ids, SamplingParams(n=n, temperature=0.7, top_k=5, max_tokens=6))
+    return [
+        [
+            Sample(
+                prompt=prompt, prompt_ids=tuple(o.prompt_token_ids), response=c.text,
+                response_ids=tuple(c.token_ids), logprobs=tuple(c.logprobs),
+                finish_reason=c.finish_reason, index=c.index, seed=c.seed, round=3,
+            )
+            for c in o.outputs
+        ]
+        for prompt, o in zip(PROMPTS, outputs, strict=False)
+    ]  # fmt: skip
+
+
+class Counting:
+    """Scores as `sampler` does, and remembers what."""
+
+    def __init__(self, sampler):
+        self.sampler, self.context, self.scored = sampler, sampler.context, []
+
+    def score(self, prompts, completions, progress=""):
+        self.scored += [tuple(ids) for group in completions for ids in group]
+        return self.sampler.score(prompts, completions, progress)
+
+
+def test_what_the_policy_drew_is_not_scored_again(tiny_sampler):
+    """Tempered and cut draws too: a sample keeps the log-probs of the model itself."""
+    policy, init = Counting(tiny_sampler(0)), tiny_sampler(1)
+    groups = drawn(policy.sampler)
+    own = ImplicitJudge(policy, init, own_round=3).score(PROMPTS[:2], groups)
+    assert policy.scored == []
+    scored = ImplicitJudge(policy, init).score(PROMPTS[:2], groups)
+    assert len(policy.scored) == 4
+    for group, ours, theirs in zip(groups, own, scored, strict=True):
+        for sample, a, b in zip(group, ours, theirs, strict=True):
+            assert a.score == pytest.approx(b.score, abs=1e-4)
+            truth = log_prob(policy.sampler, sample) - log_prob(init, sample)
+            assert a.score == pytest.approx(truth, abs=1e-4)
+
+
+def test_what_another_drew_is_scored(tiny_sampler):
+    """Of another round; with an EOS put behind it; or given, without log-probs."""
+    policy, init = Counting(tiny_sampler(0)), tiny_sampler(1)
+    [[own, other], [given, forced]] = drawn(policy.sampler)
+    other = replace(other, round=0, logprobs=tuple(-9.0 for _ in other.logprobs))
+    given, forced = (
+        replace(given, logprobs=()), replace(forced, response_ids=(*forced.response_ids, 4))
+    )  # fmt: skip
+    groups = [[own, other], [given, forced]]
+    mixed = ImplicitJudge(policy, init, own_round=3).score(PROMPTS[:2], groups)
+    assert policy.scored == [s.response_ids for s in (other, given, forced)]
+    for group, verdicts in zip(groups, mixed, strict=True):
+        for sample, judged in zip(group, verdicts, strict=True):
+            truth = log_prob(policy.sampler, sample) - log_prob(init, sample)
+            assert judged.score == pytest.approx(truth, abs=1e-4)

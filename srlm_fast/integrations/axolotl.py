@@ -28,5 +28,5 @@ class SrlmFastPlugin(BasePlugin):  # type: ignore[misc]
         except UserError as error:
             raise UserError(
                 "srlm_fast's plugin has nothing to speed up here: set rl: dpo and "
-                "dpo_use_liger_kernel: true, or remove it from plugins"
+                f"dpo_use_liger_kernel: true, or remove it from plugins ({error})"
             ) from error

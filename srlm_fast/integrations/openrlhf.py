@@ -109,7 +109,7 @@ def _plain(model: Any) -> Any:
     """The causal LM inside DeepSpeed's engine and PEFT's wrapper."""
     while isinstance(inner := getattr(model, "module", None), torch.nn.Module):
         model = inner
-    return model.get_base_model() if hasattr(model, "peft_config") else model
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 @contextmanager

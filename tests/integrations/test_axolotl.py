@@ -11,6 +11,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 import yaml
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from srlm_fast.errors import UserError
 from srlm_fast.integrations.liger import LigerFusedLinearDPOLoss
@@ -57,6 +58,26 @@ def test_another_trainer_is_refused_with_the_cure(plugin):
         unwrap_model=lambda model: model))  # fmt: skip
     with pytest.raises(UserError, match="dpo_use_liger_kernel: true, or remove it"):
         plugin().post_trainer_create({}, trainer)
+
+
+def test_on_a_trl_with_a_fused_head_the_trainer_is_accelerated(plugin):
+    pytest.importorskip("trl", reason="trl is not installed (extra [trl])")
+    from accelerate import Accelerator
+    from trl.trainer.utils import add_fused_lm_head
+
+    config = LlamaConfig(
+        vocab_size=20, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
+        num_attention_heads=1, bos_token_id=None, eos_token_id=None,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config)
+    add_fused_lm_head(model)
+    arguments = SimpleNamespace(torch_compile=True)
+    trainer = SimpleNamespace(model=model, accelerator=Accelerator(cpu=True), args=arguments)
+    with pytest.raises(UserError, match="set torch_compile to False"):  # the reason is not lost
+        plugin().post_trainer_create({}, trainer)
+    arguments.torch_compile = False
+    plugin().post_trainer_create({}, trainer)
+    assert model.forward.__func__.srlm_fast
 
 
 PLAIN = {

@@ -1,13 +1,15 @@
-"""TRL's trainers with our head: the same losses, gradients, metrics and files."""
+"""TRL's DPO with our head: the same losses, gradients and metrics, for whatever it can do."""
 
 import copy
+import importlib.metadata
+import inspect
+import re
 from functools import partial
 
 import pytest
 import torch
 
-from benchmarks.train_engines import policy_and_reference, random_pairs
-from srlm_fast.data.records import Judgement
+from benchmarks.train_engines import policy_and_reference
 from srlm_fast.errors import UserError
 
 trl = pytest.importorskip("trl", reason="trl is not installed (extra [trl])")
@@ -15,127 +17,19 @@ datasets = pytest.importorskip("datasets", reason="datasets is not installed (wi
 
 import transformers  # noqa: E402
 
-from srlm_fast.integrations.trl import (  # noqa: E402
-    SrlmDPOConfig,
-    SrlmDPOTrainer,
-    accelerate,
-    judge_reward,
-    patch_logprobs,
+from srlm_fast.integrations.trl import SrlmDPOTrainer, accelerate  # noqa: E402
+from tests.integrations.dpo_runs import (  # noqa: E402
+    SHAPE,
+    OnTokenIds,
+    check_equal,
+    compare,
+    record,
 )
-from tests.integrations import tokens  # noqa: E402
 
-SHAPE = {
-    "vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64,
-    "tie_word_embeddings": True, "initializer_range": 0.3,
-}  # fmt: skip
-CUTS = ((12, 12), (5, 5), (1, 12), (7, 3), (2, 2), (12, 4), (8, 8), (3, 9))
 TYPES = (
     "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot",
     "aot_unpaired", "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm",
 )  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def models():
-    return policy_and_reference(SHAPE, torch.float32)
-
-
-@pytest.fixture(scope="module")
-def rows():
-    made = random_pairs(len(CUTS), 9, 12, SHAPE["vocab_size"])
-    return datasets.Dataset.from_list(
-        [
-            {
-                "prompt_ids": list(p.prompt_ids),
-                "chosen_ids": list(p.chosen_ids[:a]),
-                "rejected_ids": list(p.rejected_ids[:b]),
-            }
-            for p, (a, b) in zip(made, CUTS, strict=True)
-        ]
-    )
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return tokens.tokenizer()
-
-
-class OnTokenIds(trl.DPOTrainer):
-    """TRL tokenises what it is given; our rows are token ids."""
-
-    def _prepare_dataset(self, dataset, *_):
-        return dataset
-
-
-@pytest.fixture
-def make(models, rows, tokenizer, tmp_path):
-    """A trainer of `kind` on copies of the models."""
-
-    def make_trainer(kind, *, policy=None, reference=None, config=SrlmDPOConfig, **options):
-        options = {
-            "output_dir": str(tmp_path / "out"), "per_device_train_batch_size": 4,
-            "learning_rate": 1e-3, "use_cpu": True, "bf16": False, "gradient_checkpointing": False,
-            "report_to": [], "disable_tqdm": True, "save_strategy": "no", "max_grad_norm": 0.0,
-            "max_steps": 20, "logging_steps": 1, "optim": "sgd", "lr_scheduler_type": "constant",
-        } | options  # fmt: skip
-        given = {k: options.pop(k) for k in ("eval_dataset", "peft_config") if k in options}
-        data = options.pop("data", rows)
-        return kind(
-            model=policy or copy.deepcopy(models[0]),
-            ref_model=None if "peft_config" in given else reference or copy.deepcopy(models[1]),
-            args=config(**options),
-            train_dataset=data,
-            processing_class=tokenizer,
-            **given,
-        )
-
-    return make_trainer
-
-
-def record(trainer):
-    """The loss and gradients of one batch, and then all that is logged in training."""
-    trainer.model.train()
-    batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
-    loss = trainer.compute_loss(trainer.model, batch)
-    loss.backward()
-    found = {n: p.grad.clone() for n, p in trainer.model.named_parameters() if p.grad is not None}
-    trainer.model.zero_grad()
-    trainer.log({})  # what that batch was measured as
-    trainer._total_train_tokens = 0
-    trainer.state.log_history.clear()
-    trainer.train()
-    return loss.detach(), found, trainer.state.log_history
-
-
-def check_equal(found, expected, what=""):
-    """From equal weights equal losses and gradients, and equal ways from there."""
-    assert found[0] == pytest.approx(float(expected[0]), rel=1e-5, abs=1e-7), what
-    assert found[1].keys() == expected[1].keys()
-    # discopop weighs by sigmoid(x / 0.05), twenty times the rounding of a log-prob.
-    tolerance = 1e-4 if what == "discopop" else 1e-5
-    for name, gradient in expected[1].items():
-        assert (found[1][name] - gradient).norm() <= tolerance * gradient.norm() + 1e-9, name
-    check_logs(found[2], expected[2])
-
-
-def check_logs(found, expected):
-    assert len(found) == len(expected)
-    for ours, theirs in zip(found, expected, strict=True):
-        assert ours.keys() == theirs.keys()
-        for name in theirs:
-            if "runtime" not in name and "per_second" not in name:
-                wanted = pytest.approx(theirs[name], rel=1e-5 if name == "loss" else 1e-4, abs=1e-5)
-                assert ours[name] == wanted, (name, theirs["step"])
-
-
-def compare(make, what="", **options):
-    """TRL's trainer, the same accelerated, and ours."""
-    expected = record(make(OnTokenIds, **options))
-    check_equal(record(accelerate(make(OnTokenIds, **options))), expected, what)
-    trainer = make(SrlmDPOTrainer, **options)
-    check_equal(record(trainer), expected, what)
-    return trainer
 
 
 def options_of(kind):
@@ -149,6 +43,11 @@ def options_of(kind):
 def test_every_loss_has_the_gradients_of_trl(make, kind):
     trainer = compare(make, kind, **options_of(kind))
     assert (trainer._loss is None) == (kind == "sft")
+
+
+def test_the_types_are_all_that_trl_has():
+    source = inspect.getsource(trl.DPOTrainer._compute_loss)
+    assert set(re.findall(r'loss_type == "(\w+)"', source)) == set(TYPES)
 
 
 MORE = {
@@ -169,9 +68,103 @@ def test_every_option_of_trl(make, name):
     compare(make, name, **MORE[name])
 
 
+# Two steps show these: what they change is the loss, the batches or the logging.
+OPTIONS = {
+    # Label smoothing is ignored by most losses, and not by these of quantiles.
+    "smoothed sigmoid": {"label_smoothing": 0.2, "loss_weights": [0.5]},
+    "smoothed aot": {"loss_type": ["aot"], "label_smoothing": 0.2, "loss_weights": [0.5]},
+    "smoothed aot_unpaired": {"loss_type": ["aot_unpaired"], "label_smoothing": 0.2, "beta": 0.7},
+    "MPO": {"loss_type": ["sigmoid", "bco_pair", "sft"], "loss_weights": [0.8, 0.2, 1.0]},
+    "discopop's temperature": {"loss_type": ["discopop"], "discopop_tau": 1.0},
+    # exp(-log-ratio) has the absolute rounding of a sum as its relative one: short responses.
+    "forward KL": {"f_divergence_type": "forward_kl", "max_length": 12},
+    "alpha divergence": {"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 0.3,
+                         "max_length": 12},
+    "WPO of a divergence": {"use_weighting": True, "loss_type": ["sigmoid", "ipo"],
+                            "f_divergence_type": "js_divergence"},
+    "ld_alpha of a cache": {"ld_alpha": 0.0, "precompute_ref_log_probs": True},
+    "a reference that follows": {"sync_ref_model": True, "ref_model_sync_steps": 1},
+    "uneven batches": {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 2,
+                       "padding_free": True, "pad_to_multiple_of": 16, "max_length": None,
+                       "logging_steps": 2, "max_steps": 3},
+    "reentrant": {"gradient_checkpointing": True,
+                  "gradient_checkpointing_kwargs": {"use_reentrant": True}},
+    "dropout and NEFTune": {"disable_dropout": False, "neftune_noise_alpha": 5.0},
+    "all at once": {"gradient_checkpointing": True, "per_device_train_batch_size": 2,
+                    "gradient_accumulation_steps": 3, "precompute_ref_log_probs": True,
+                    "optim": "adamw_torch", "max_grad_norm": 0.1},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.filterwarnings("ignore:batches are padded")
+def test_options_and_their_company(make, name):
+    compare(make, name, **{"max_steps": 2, **OPTIONS[name]})
+
+
 def test_adapters(make):
     peft = pytest.importorskip("peft", reason="peft is not installed")
     compare(make, peft_config=peft.LoraConfig(r=4, init_lora_weights=False))
+    compare(
+        make, peft_config=peft.LoraConfig(r=4, init_lora_weights=False), max_steps=2,
+        gradient_checkpointing=True, precompute_ref_log_probs=True,
+        per_device_train_batch_size=2, gradient_accumulation_steps=2,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def untied(make):
+    """`make` with models whose head has a weight of its own, and a change to the policy."""
+
+    def make_trainer(kind, change=lambda model: model, **options):
+        torch.manual_seed(0)
+        shape = SHAPE | {"tie_word_embeddings": False}
+        model = change(policy_and_reference(shape, torch.float32)[0])
+        return make(kind, policy=model, max_steps=2, **options)
+
+    return make_trainer
+
+
+def test_a_head_that_is_trained_beside_adapters(untied):
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    config = peft.LoraConfig(r=4, init_lora_weights=False, modules_to_save=["lm_head"])
+    trainer = compare(untied, peft_config=config)
+    assert any("lm_head" in n for n, p in trainer.model.named_parameters() if p.requires_grad)
+
+
+def test_adapters_that_were_trained_before_are_their_own_reference(untied):
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    config = peft.LoraConfig(r=4, init_lora_weights=False)
+    trainer = compare(
+        untied, change=lambda model: peft.get_peft_model(model, config), peft_config=None
+    )
+    assert "ref" in trainer.model.peft_config
+
+
+def test_adapters_of_transformers_own_are_no_peft_model(untied):
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+
+    def adapted(model):
+        model.add_adapter(
+            peft.LoraConfig(r=4, init_lora_weights=False, target_modules=["q_proj"])
+        )  # fmt: skip
+        return model
+
+    compare(untied, change=adapted)
+
+
+@pytest.mark.filterwarnings("ignore:batches are padded")
+def test_prompt_learning(make):
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    compare(make, peft_config=config, max_steps=2)
+
+
+def test_an_adapter_on_the_head_is_refused(make):
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    for kind in (OnTokenIds, SrlmDPOTrainer):
+        with pytest.raises((ValueError, UserError), match=r"Remove `'lm_head'`"):
+            make(kind, peft_config=peft.LoraConfig(r=4, target_modules=["q_proj", "lm_head"]))
 
 
 @pytest.mark.parametrize(
@@ -244,67 +237,17 @@ def test_empty_responses_and_prompts_cut_off_are_trls(make, rows):
     compare(make, max_length=5, truncation_mode="keep_end")  # shorter than some responses
 
 
-def test_spa_goes_on_from_a_checkpoint_with_what_it_knew(make, rows):
-    data = datasets.concatenate_datasets([rows] * 4)
-    options = {"loss_type": ["spa"], "spa_warmup_fraction": 0.0, "data": data, "save_steps": 10}
-    straight = make(SrlmDPOTrainer, save_strategy="steps", **options)
-    straight.train()
-    folder = straight.args.output_dir + "/checkpoint-10"
-    resumed = make(SrlmDPOTrainer, save_strategy="steps", **options)
-    resumed.train(resume_from_checkpoint=folder)
-    found, expected = (
-        {row["step"]: row for row in t.state.log_history if "spa/tau" in row}
-        for t in (resumed, straight)
-    )
-    assert expected[15]["spa/tau"] != 0
-    for step in range(11, 21):
-        for name in ("loss", "spa/tau", "spa/flagged_share"):
-            assert found[step][name] == pytest.approx(expected[step][name], abs=1e-6), step
+def test_micro_batches_without_a_label_are_trls(make, rows):
+    lists = rows.to_list()
+    for row in lists[:6]:
+        row |= {"chosen_ids": [], "rejected_ids": []}
+    data = datasets.Dataset.from_list(lists)
+    alone = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
+    compare(partial(make, data=data), max_steps=2, **alone)
 
 
-def test_a_batch_without_a_label_is_a_differentiable_zero(make):
-    trainer = accelerate(make(OnTokenIds))
-    ids = torch.ones(2, 5, dtype=torch.int64)
-    out = trainer.model(input_ids=ids, labels=torch.full_like(ids, -100), fused_lm_head=True)
-    out.loss.backward()
-    assert out.loss == 0 and not out.label_mask.any()
-    assert all(p.grad is None or not p.grad.any() for p in trainer.model.parameters())
-
-
-def test_evaluation_is_trls(make, rows):
-    plain = make(OnTokenIds, eval_dataset=rows)
-    expected = plain.evaluate()
-    for trainer in (
-        accelerate(make(OnTokenIds, eval_dataset=rows)), make(SrlmDPOTrainer, eval_dataset=rows)
-    ):  # fmt: skip
-        assert trainer.evaluate().keys() == expected.keys()
-        check_logs(trainer.state.log_history, plain.state.log_history)
-
-
-def test_other_trainers_inside_the_patch(rows, models, tokenizer, tmp_path):
-    texts = datasets.Dataset.from_list(
-        [{"input_ids": r["prompt_ids"] + r["chosen_ids"]} for r in rows]
-    )
-    losses = []
-    for patched in (False, True):
-        trainer = trl.SFTTrainer(
-            model=copy.deepcopy(models[0]),
-            args=trl.SFTConfig(
-                output_dir=str(tmp_path), max_steps=3, use_cpu=True, bf16=False, report_to=[],
-                logging_steps=1, per_device_train_batch_size=4, learning_rate=1e-2, optim="sgd",
-                save_strategy="no", disable_tqdm=True, loss_type="chunked_nll",
-            ),
-            train_dataset=texts,
-            processing_class=tokenizer,
-        )  # fmt: skip
-        if patched:
-            with patch_logprobs():
-                trainer.train()
-        else:
-            trainer.train()
-        losses.append([row["loss"] for row in trainer.state.log_history if "loss" in row])
-    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
-    assert trl.trainer.utils._ChunkedLogProbFunction.__name__ == "ChunkedLogProbFunction"
+def test_a_stream_of_rows(make, rows):
+    compare(partial(make, data=rows.to_iterable_dataset()), max_steps=2)
 
 
 def test_spa_flags_pairs_and_logs_its_threshold(make):
@@ -327,7 +270,22 @@ def test_spa_without_refinement_is_dpo(make):
     check_equal(found, record(make(SrlmDPOTrainer)))
 
 
-def test_what_cannot_be_is_refused_at_the_start(make, monkeypatch):
+OUT_OF_RANGE = {
+    "label_smoothing": {"loss_type": ["robust"], "label_smoothing": 0.5},
+    "beta": {"beta": 0.0},
+    "tau must": {"loss_type": ["discopop"], "discopop_tau": -1.0},
+    "spa.alpha": {"loss_type": ["spa"], "spa_alpha": 2.0},
+    "spa_tau must be window or official": {"loss_type": ["spa"], "spa_tau": "dataset"},
+}
+
+
+@pytest.mark.parametrize("message", OUT_OF_RANGE)
+def test_a_setting_out_of_range_is_refused_at_the_start(make, message):
+    with pytest.raises(UserError, match=message):
+        make(SrlmDPOTrainer, **OUT_OF_RANGE[message])
+
+
+def test_what_cannot_be_is_refused_at_the_start(make):
     with pytest.raises(UserError, match="precompute_ref_log_probs"):
         make(SrlmDPOTrainer, loss_type=["spa"], precompute_ref_log_probs=True)
     with pytest.raises(UserError, match="SrlmDPOConfig"):
@@ -340,48 +298,18 @@ def test_what_cannot_be_is_refused_at_the_start(make, monkeypatch):
         make(SrlmDPOTrainer, torch_compile=True)
     with pytest.warns(UserWarning, match="NEFTune"):
         make(SrlmDPOTrainer, neftune_noise_alpha=5.0)
+
+
+def test_another_trl_and_none_are_refused(monkeypatch):
     from srlm_fast.integrations.trl.version import check_trl
 
     monkeypatch.setattr("importlib.metadata.version", lambda name: "1.17.2")
-    with pytest.raises(UserError, match=r"works with TRL 1\.16, found 1\.17\.2"):
+    with pytest.raises(UserError, match=r"works with TRL 1\.16, found 1\.17\.2: pip install"):
         check_trl()
 
+    def missing(name):
+        raise importlib.metadata.PackageNotFoundError(name)
 
-def test_a_second_call_after_training_changes_nothing(make):
-    trainer = accelerate(make(OnTokenIds, bf16=True, max_steps=1))
-    trainer.train()
-    forward = trainer.model.forward
-    assert accelerate(trainer).model.forward == forward
-
-
-def test_a_judge_is_a_reward_function(tokenizer):
-    class Length:
-        name = "length"
-
-        def score(self, prompts, candidates):
-            assert [len(group) for group in candidates] == [2, 1]
-            assert [prompt[0].content for prompt in prompts] == ["Why?", "How?"]
-            return [
-                [Judgement(len(s.response) or None) for s in group] for group in candidates
-            ]  # fmt: skip
-
-    class Template:
-        encode_prompt = staticmethod(lambda prompt: [1])
-        encode_response = staticmethod(lambda prompt, text: [2])
-
-    reward = judge_reward(Length(), Template())
-    assert reward.__name__ == "length_judge"
-    parts = [{"role": "user", "content": [{"type": "text", "text": "How?"}]}]
-    answers = ["abc", "", [{"role": "assistant", "content": "yes"}]]
-    assert reward(prompts=["Why?", "Why?", parts], completions=answers) == [3, None, 3]
-
-
-def test_a_model_without_trls_head_is_refused(models):
-    class Trainer:
-        model = copy.deepcopy(models[0])
-
-        class accelerator:
-            unwrap_model = staticmethod(lambda model: model)
-
-    with pytest.raises(UserError, match="no fused LM head"):
-        accelerate(Trainer())
+    monkeypatch.setattr("importlib.metadata.version", missing)
+    with pytest.raises(UserError, match=r"pip install 'srlm_fast\[trl\]'"):
+        check_trl()

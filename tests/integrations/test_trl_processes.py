@@ -34,8 +34,8 @@ class OnTokenIds(trl.DPOTrainer):
         return dataset
 
 
-def trained(kind, batch, folder):
-    """The weights and the logs after six steps of `batch` pairs a process."""
+def trained(kind, batch, folder, count=None):
+    """The weights and the logs after six steps of `batch` pairs a process, of `count` pairs."""
     policy, reference = policy_and_reference(SHAPE, torch.float32)
     rows = [
         {
@@ -53,7 +53,7 @@ def trained(kind, batch, folder):
             gradient_checkpointing=False, disable_tqdm=True, save_strategy="no", max_grad_norm=0.0,
             lr_scheduler_type="constant",
         ),
-        train_dataset=datasets.Dataset.from_list(rows),
+        train_dataset=datasets.Dataset.from_list(rows[:count]),
         processing_class=tokenizer(),
     )  # fmt: skip
     if kind == "accelerated":
@@ -64,23 +64,25 @@ def trained(kind, batch, folder):
     return {"weights": weights, "logs": logs, "processes": trainer.accelerator.num_processes}
 
 
-def of_two(kind):
+def of_two(kind, name, batch, count):
     rank = dist.get_rank()
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
     os.environ.update(MASTER_ADDR="localhost", MASTER_PORT="0")  # the group is there already
     folder = Path(sys.argv[1])
-    torch.save(trained(kind, 2, folder / "out"), folder / f"{kind}.{rank}.pt")
+    torch.save(trained(kind, batch, folder / "out", count), folder / f"{name}.{rank}.pt")
 
 
-def check(kind):
+def check(kind, name, *sizes):
     def run():
-        of_two(kind)
+        of_two(kind, name, *sizes)
 
-    run.__name__ = kind
+    run.__name__ = name
     return run
 
 
-CHECKS = [check(kind) for kind in KINDS]
+CHECKS = [check(kind, kind, 2, len(CUTS)) for kind in KINDS]
+# Three pairs, one a process: the second step of an epoch has one left, and repeats another.
+CHECKS += [check(kind, f"uneven_{kind}", 1, 3) for kind in ("plain", "packed")]
 
 
 @pytest.fixture(scope="module")
@@ -91,13 +93,9 @@ def found(tmp_path_factory):
     for each in CHECKS:
         processes.assert_passed(each, outputs)
     load = partial(torch.load, weights_only=True)
-    return {
-        kind: [
-            trained(kind, 4, folder / "out"),
-            *(load(folder / f"{kind}.{rank}.pt") for rank in range(2)),
-        ]
-        for kind in KINDS
-    }
+    both = {each.__name__: [load(folder / f"{each.__name__}.{rank}.pt") for rank in range(2)]
+            for each in CHECKS}  # fmt: skip
+    return both | {kind: [trained(kind, 4, folder / "out"), *both[kind]] for kind in KINDS}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -115,9 +113,12 @@ def test_two_processes_train_the_weights_of_one(found, kind):
             assert ours[name] == pytest.approx(theirs[name], rel=1e-4, abs=1e-5), name
 
 
-@pytest.mark.parametrize("kind", KINDS[1:])
-def test_two_processes_log_what_trls_do(found, kind):
-    for ours, theirs in zip(found[kind][1]["logs"], found["plain"][1]["logs"], strict=True):
+@pytest.mark.parametrize(
+    ("kind", "plain"),
+    [("accelerated", "plain"), ("packed", "plain"), ("uneven_packed", "uneven_plain")],
+)
+def test_two_processes_log_what_trls_do(found, kind, plain):
+    for ours, theirs in zip(found[kind][-2]["logs"], found[plain][-2]["logs"], strict=True):
         assert ours.keys() == theirs.keys()
         for name, value in theirs.items():
             assert ours[name] == pytest.approx(value, rel=1e-4, abs=1e-5), name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import threading
 import types
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -27,10 +28,12 @@ def accelerate(trainer: Trainer, *, packed: Callable[[], Packed | None] = lambda
     instances change, and only in `fused_lm_head=True` calls. Calling it again changes nothing.
     packed: gives the batch of the call under way in packed form; `SrlmDPOTrainer` uses it.
 
-    Returns `trainer`. Raises UserError for a trainer without TRL's fused head, and with
-    torch_compile.
+    Returns `trainer`. Raises UserError for what is no trainer, for one without TRL's fused head,
+    and with torch_compile.
     """
     owner: Any = trainer
+    if not (hasattr(owner, "model") and hasattr(owner, "accelerator")):
+        raise UserError(f"accelerate takes a trainer of TRL's, not a {type(trainer).__name__}")
     if getattr(getattr(owner, "args", None), "torch_compile", False):
         raise UserError(
             "srlm_fast's head is called by the model's forward, which torch_compile would compile: "
@@ -40,7 +43,8 @@ def accelerate(trainer: Trainer, *, packed: Callable[[], Packed | None] = lambda
         if model is None:
             continue
         model = owner.accelerator.unwrap_model(model)
-        base = model.get_base_model() if hasattr(model, "peft_config") else model
+        # Not told by `peft_config`: a model with adapters of transformers' own has that too.
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model
         _patch(base, owner.accelerator, packed)
     return trainer
 
@@ -91,12 +95,19 @@ def patch_logprobs() -> Iterator[None]:
     It stands in for TRL's own kernel, process-wide, where a trainer cannot be had before it trains.
     On a CPU TRL scores prompts too then; `accelerate` does not. Not with DeepSpeed ZeRO-3.
     """
-    before = trl.trainer.utils._ChunkedLogProbFunction
-    trl.trainer.utils._ChunkedLogProbFunction = _LogProbs
+    with _LOCK:
+        _BEFORE.append(trl.trainer.utils._ChunkedLogProbFunction)
+        trl.trainer.utils._ChunkedLogProbFunction = _LogProbs
     try:
         yield
     finally:
-        trl.trainer.utils._ChunkedLogProbFunction = before
+        with _LOCK:
+            trl.trainer.utils._ChunkedLogProbFunction = _BEFORE.pop()
+
+
+# What each open block found. Threads may leave theirs in any order; the last one restores TRL's.
+_BEFORE: list[Any] = []
+_LOCK = threading.Lock()
 
 
 class _LogProbs:

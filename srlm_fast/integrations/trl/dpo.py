@@ -99,6 +99,8 @@ class SrlmDPOTrainer(DPOTrainer):  # type: ignore[misc]
         config = self.model.config.get_text_config()
         if self.aux_loss_enabled or getattr(config, "output_router_logits", False):
             return "the loss of the experts' router is one of padded batches"
+        if any(len({*getattr(m, "hf_device_map", {}).values()}) > 1 for m in self._models()):
+            return "the model is split over several devices"
         if self._is_vlm:
             return "images stand between the tokens"
         if not self.args.disable_dropout:
@@ -126,14 +128,17 @@ class SrlmDPOTrainer(DPOTrainer):  # type: ignore[misc]
             return None  # one pass has one transform of logits
         name = self.loss_types[0]
         if name == "spa":
-            return losses.dpo(self.beta)  # until refinement begins, and in evaluation
+            name = "sigmoid"  # until refinement begins, and in evaluation
         if name not in FUSED:
             return None
         options = {"label_smoothing": self.label_smoothing} if name in SMOOTHED else {}
         if name == "discopop":
             options["tau"] = self.args.discopop_tau
         kind: Any = losses.LOSSES[name]
-        made: Callable[..., Tensor] = kind(beta=self.beta, **options)
+        try:
+            made: Callable[..., Tensor] = kind(beta=self.beta, **options)
+        except ValueError as error:
+            raise UserError(f"loss_type {name}: {error}") from error
         return made
 
     def _check_spa(self, padded_because: str | None) -> None:
@@ -154,6 +159,17 @@ class SrlmDPOTrainer(DPOTrainer):  # type: ignore[misc]
                 "loss_type spa of SrlmDPOTrainer runs on one process; several are for "
                 "srlm_fast.train.preference.train_preference"
             )
+        if self.args.spa_tau not in ("window", "official"):
+            raise UserError(f"spa_tau must be window or official, not {self.args.spa_tau!r}")
+        self._refinement()
+
+    def _refinement(self) -> Refinement:
+        """Raises UserError for settings out of range."""
+        config = self.args
+        return Refinement(
+            alpha=config.spa_alpha, lam=config.spa_lambda, k_percent=config.spa_k_percent,
+            tau=config.spa_tau, warmup_fraction=config.spa_warmup_fraction,
+        )  # fmt: skip
 
     def _prepare_dataset(
         self, dataset: Any, processing_class: Any, args: Any, dataset_name: str
@@ -174,10 +190,15 @@ class SrlmDPOTrainer(DPOTrainer):  # type: ignore[misc]
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
         inputs, packed = _without_packed(inputs)
-        if packed is not None and self._loss is not None and not return_outputs:
-            return self._fused_loss(model, inputs, packed.to(self.accelerator.device))
-        theirs = partial(super()._compute_loss, model, inputs, return_outputs)
-        return self._with_packed(packed, theirs)
+        if packed is None or self._loss is None:
+            theirs = partial(super()._compute_loss, model, inputs, return_outputs)
+            return self._with_packed(packed, theirs)
+        loss = self._fused_loss(model, inputs, packed.to(self.accelerator.device))
+        if not return_outputs:
+            return loss
+        ids, mask = inputs["input_ids"], inputs["attention_mask"]
+        with torch.no_grad():  # the logits that `compute_metrics` is given
+            return loss, model(input_ids=ids, attention_mask=mask, use_cache=False)
 
     def _with_packed(self, packed: Packed | None, call: Callable[[], Any]) -> Any:
         self._packed = packed
@@ -205,7 +226,9 @@ class SrlmDPOTrainer(DPOTrainer):  # type: ignore[misc]
         noise = None
         if self._noise is not None and mode == "train":
             noise = self._noise.observe(range(pairs), result.ext_margins)
-        self._pair_metrics[mode].add(result, packed, self.beta, noise)
+        state = self.accelerator.gradient_state  # as `gather_for_metrics` asks it
+        repeated = state.end_of_dataloader and 0 < state.remainder <= self.accelerator.process_index
+        self._pair_metrics[mode].add(result, packed, self.beta, noise, repeated)
         return result.loss
 
     def _reference(self, inputs: dict[str, Any], packed: Packed) -> dict[str, Any]:
@@ -232,15 +255,10 @@ class SrlmDPOTrainer(DPOTrainer):  # type: ignore[misc]
         assert self._loss is not None
         if "spa" not in self.loss_types or mode == "eval":
             return self._loss, None
-        config, steps = self.args, max(1, self.state.max_steps)  # 0 before training
+        steps = max(1, self.state.max_steps)  # 0 before training
         if self._noise is None or self._noise.steps != steps:
             self._noise = NoiseDetector(
-                Refinement(
-                    alpha=config.spa_alpha, lam=config.spa_lambda,
-                    k_percent=config.spa_k_percent, tau=config.spa_tau,
-                    warmup_fraction=config.spa_warmup_fraction,
-                ),
-                beta=self.beta, num_pairs=len(self.train_dataset), steps=steps,
+                self._refinement(), beta=self.beta, num_pairs=len(self.train_dataset), steps=steps,
                 like=torch.zeros((), device=self.accelerator.device),
             )  # fmt: skip
             if self._stopped_at is not None:
@@ -249,7 +267,7 @@ class SrlmDPOTrainer(DPOTrainer):  # type: ignore[misc]
         if self._noise_step != self.state.global_step:
             self._noise_step = self.state.global_step
             self._noise.begin_step(self._noise_step, _no_pass_over_all)
-        return self._noise.loss(), config.spa_lambda
+        return self._noise.loss(), self.args.spa_lambda
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
@@ -266,13 +284,14 @@ class SrlmDPOTrainer(DPOTrainer):  # type: ignore[misc]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """TRL's; what was collected on the device is read first."""
-        mode = "train" if self.model.training else "eval"
-        for row in self._pair_metrics[mode].read(self.accelerator):
-            tokens = int(row.pop("num_tokens"))
-            self._total_train_tokens += tokens if mode == "train" else 0
-            for name, value in row.items():
-                self._metrics[mode][name].append(value)
-            self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
+        # Both: an evaluation logs how many tokens were trained on.
+        for mode in ("train", "eval"):
+            for row in self._pair_metrics[mode].read(self.accelerator):
+                tokens = int(row.pop("num_tokens"))
+                self._total_train_tokens += tokens if mode == "train" else 0
+                for name, value in row.items():
+                    self._metrics[mode][name].append(value)
+                self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
         super().log(logs, start_time)
 
 

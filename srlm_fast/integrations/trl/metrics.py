@@ -25,6 +25,10 @@ RATIOS = {
 }
 
 
+# What TRL sums by tokens; the others are of pairs.
+BY_TOKEN = {name for both in list(RATIOS.values())[:4] for name in both} | {"padded tokens"}
+
+
 class PairMetrics:
     """Sums of micro-batches; nothing waits for the device before `read`."""
 
@@ -37,9 +41,16 @@ class PairMetrics:
         packed: Packed,
         beta: float,
         noise: dict[str, Tensor] | None,
+        repeated: bool = False,
     ) -> None:
-        """One micro-batch; `noise` are SPA's metrics, summed over its pairs."""
+        """One micro-batch; `noise` are SPA's metrics, summed over its pairs.
+
+        repeated: its rows are those of another process, which TRL leaves out where it counts tokens
+            but not where it counts pairs.
+        """
         row = _sums(result, packed, beta)
+        if repeated:
+            row |= {name: torch.zeros_like(row[name]) for name in BY_TOKEN}
         self._rows.append(row | {name: value.detach() for name, value in (noise or {}).items()})
 
     def read(self, accelerator: Any) -> list[dict[str, float]]:

@@ -16,9 +16,11 @@ Reward = Callable[..., list[float | None]]
 def judge_reward(judge: Judge, template: ChatTemplate) -> Reward:
     """The scores of `judge` under TRL's signature of a reward function.
 
-    Prompts and completions may be strings or messages; `completion_ids`, which TRL passes too, are
-    what an implicit judge scores. A completion without a score has the reward None, which TRL
-    leaves out. Completions of one prompt that follow each other are judged together.
+    Prompts and completions may be strings or messages; for the judge a string is a user's turn,
+    while TRL samples behind the bare string: give messages where an implicit judge scores.
+    `completion_ids`, which TRL passes too, are what that judge scores. A completion without a score
+    has the reward None, which TRL leaves out. Completions of one prompt that follow each other are
+    judged together.
     """
 
     def reward(
@@ -48,10 +50,11 @@ def _prompt(prompt: Any) -> Prompt:
 
 
 def _text(content: Any) -> str:
-    """Of a string, of the parts of a message, or of the last of several messages."""
-    if isinstance(content, str):
-        return content
-    if content and "role" in content[-1]:
+    """Of a string, of the parts of a message, or of the last of several messages; a message that
+    only calls tools has none."""
+    if not content or isinstance(content, str):
+        return content or ""
+    if "role" in content[-1]:
         return _text(content[-1]["content"])
     return "".join(part.get("text", "") for part in content)
 

@@ -20,7 +20,7 @@ from benchmarks.case import Call, Case, Outputs, Unavailable, Variant, Work
 from benchmarks.shapes import TOLERANCE
 from srlm_kernels.prefix_attention import PrefixPlan, prefix_attention, refusal
 
-IMPLEMENTATIONS = {"cpu": ("pieces",), "cuda": ("flex",)}
+IMPLEMENTATIONS = {"cpu": ("cpp", "pieces"), "cuda": ("flex",)}
 
 
 @dataclass(frozen=True)

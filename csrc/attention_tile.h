@@ -24,8 +24,6 @@ inline Slots visible(const PageEntry& entry, int64_t position, int64_t window) {
           std::min<int64_t>(entry.end, slot + 1)};
 }
 
-inline int64_t vectors_of(int64_t width) { return (width + kLanes - 1) / kLanes; }
-
 // What a softmax needs to go on, or to be merged with that of other pages.
 struct Softmax {
   // How far scores may exceed `shift` before everything is scaled to a new one. Each new largest
@@ -42,11 +40,11 @@ struct PageView {
   Matrix<const T> keys, values;
 };
 
-class Tile {
+class AttentionTile {
  public:
   static constexpr int64_t kRows = 128;
 
-  Tile(int64_t key_width, int64_t value_width, float softcap)
+  AttentionTile(int64_t key_width, int64_t value_width, float softcap)
       : key_width_(key_width), softcap_(softcap) {
     const struct {
       Matrix<float>* matrix;
@@ -111,8 +109,9 @@ class Tile {
 
     alignas(64) float weights[kBlockRows][kPage];
     const int64_t from = any.first / kLanes * kLanes, span = vectors_of(any.end - from);
-    product<false, T>({queries[row], queries.stride}, {page.keys[0] + from, page.keys.stride},
-                      key_width_, {weights[0] + from, kPage}, count, span * kLanes);
+    product<Into::kNew, T>({queries[row], queries.stride},
+                           {page.keys[0] + from, page.keys.stride}, key_width_,
+                           {weights[0] + from, kPage}, count, span * kLanes);
     as_constant<kPage / kLanes>(span, [&](auto vectors) {
       for (int64_t r = 0; r < count; ++r) {
         const Slots slots{seen[r].first - from, seen[r].end - from};
@@ -123,8 +122,9 @@ class Tile {
     // Rows see most keys together; those at the ends, which only some see, are added one by one.
     const auto add = [&](int64_t r, int64_t many, int64_t first, int64_t end) {
       if (first < end)
-        product<true, T>({weights[r] + first, kPage}, {page.values[first], page.values.stride},
-                         end - first, {sums[row + r], sums.stride}, many, sums.stride);
+        product<Into::kOngoing, T>({weights[r] + first, kPage},
+                                   {page.values[first], page.values.stride}, end - first,
+                                   {sums[row + r], sums.stride}, many, sums.stride);
     };
     for (int64_t r = 0; r < count; ++r)
       add(r, 1, seen[r].first, std::min(seen[r].end, all.first));

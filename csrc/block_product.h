@@ -51,13 +51,27 @@ struct Matrix {
   T* operator[](int64_t row) const { return data + row * stride; }
 };
 
-template <int kRows, int kVectors, bool kAdd, class T>
-[[gnu::noinline]] void block_product(Matrix<const float> a, Matrix<const T> b, int64_t depth,
-                                     Matrix<float> c) {
+// A matrix whose rows are the columns of one in memory.
+struct Transposed {
+  const float* data;
+  int64_t stride;  // of the one in memory
+  struct Row {
+    const float* data;
+    int64_t stride;
+    float operator[](int64_t column) const { return data[column * stride]; }
+  };
+  Row operator[](int64_t row) const { return {data + row, stride}; }
+};
+
+// c = a b; or the sums go on from c, as parts of one long sum; or they are added to c when whole.
+enum class Into { kNew, kOngoing, kTotal };
+
+template <int kRows, int kVectors, Into kInto, class T, class A>
+[[gnu::noinline]] void block_product(A a, Matrix<const T> b, int64_t depth, Matrix<float> c) {
   Register sums[kRows][kVectors];
   for (int r = 0; r < kRows; ++r)
     for (int v = 0; v < kVectors; ++v)
-      sums[r][v] = kAdd ? load_register(c[r] + v * kRegister) : Register{};
+      sums[r][v] = kInto == Into::kOngoing ? load_register(c[r] + v * kRegister) : Register{};
   for (int64_t k = 0; k < depth; ++k) {
     Register row[kVectors];
     for (int v = 0; v < kVectors; ++v) {
@@ -71,23 +85,25 @@ template <int kRows, int kVectors, bool kAdd, class T>
       for (int v = 0; v < kVectors; ++v) sums[r][v] += a[r][k] * row[v];
   }
   for (int r = 0; r < kRows; ++r)
-    for (int v = 0; v < kVectors; ++v)
+    for (int v = 0; v < kVectors; ++v) {
+      if constexpr (kInto == Into::kTotal) sums[r][v] += load_register(c[r] + v * kRegister);
       std::memcpy(c[r] + v * kRegister, &sums[r][v], sizeof(Register));
+    }
 }
 
 // c = a b, or c += a b, for up to kBlockRows rows of a [rows, depth], and b [depth, columns] with
 // columns a multiple of kLanes.
 //
 // Sums are folded in the order of depth, one at a time, whatever is computed beside them.
-template <bool kAdd, class T>
-void product(Matrix<const float> a, Matrix<const T> b, int64_t depth, Matrix<float> c,
-             int64_t rows, int64_t columns) {
+template <Into kInto, class T, class A = Matrix<const float>>
+void product(A a, Matrix<const T> b, int64_t depth, Matrix<float> c, int64_t rows,
+             int64_t columns) {
   constexpr int64_t kColumns = kBlockVectors * kRegister;
   as_constant<kBlockRows>(rows, [&](auto block_rows) {
     for (int64_t i = 0; i < columns; i += kColumns)
       as_constant<kBlockVectors>(std::min(columns - i, kColumns) / kRegister, [&](auto vectors) {
-        block_product<block_rows, vectors, kAdd, T>(a, {b[0] + i, b.stride}, depth,
-                                                    {c[0] + i, c.stride});
+        block_product<block_rows, vectors, kInto, T, A>(a, {b[0] + i, b.stride}, depth,
+                                                       {c[0] + i, c.stride});
       });
   });
 }

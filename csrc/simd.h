@@ -28,6 +28,8 @@ inline Floats splat(float x) { return Floats{} + x; }
 
 inline Floats larger(Floats a, Floats b) { return a > b ? a : b; }  // b where a is NaN
 
+inline int64_t vectors_of(int64_t width) { return (width + kLanes - 1) / kLanes; }
+
 // Calls f(column, count) for vector after vector of a row; count is the constant kLanes in all but
 // the last, so that only there lanes are counted.
 template <class F>

@@ -49,8 +49,8 @@ std::vector<Work> work_of(const TreePlan& plan, int64_t group) {
   std::vector<Work> works;
   works.reserve(plan.item_count);
   for (const Item* item = plan.items; item != plan.items + plan.item_count; ++item)
-    for (int64_t row = 0, rows = item->queries * group; row < rows; row += Tile::kRows)
-      works.push_back({item, row, std::min(Tile::kRows, rows - row)});
+    for (int64_t row = 0, rows = item->queries * group; row < rows; row += AttentionTile::kRows)
+      works.push_back({item, row, std::min(AttentionTile::kRows, rows - row)});
   std::stable_sort(works.begin(), works.end(),
                    [](const Work& a, const Work& b) { return a.cost() > b.cost(); });
   return works;
@@ -83,7 +83,7 @@ struct Attention {
     // Below a few microseconds of work a second thread costs more than it saves.
     const int64_t threads = cost < 100 ? 1 : torch::stable::get_num_threads();
     torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
-      Tile tile(key_width, value_width, softcap);
+      AttentionTile tile(key_width, value_width, softcap);
       for (int64_t job; (job = next++) < jobs;)
         attend(tile, works[job / kv_heads], job % kv_heads);
     });
@@ -92,7 +92,7 @@ struct Attention {
     });
   }
 
-  void attend(Tile& tile, const Work& work, int64_t kv_head) const {
+  void attend(AttentionTile& tile, const Work& work, int64_t kv_head) const {
     const auto entry_of = [&](int64_t row) {
       return work.item->first_query + (work.first_row + row) / group();
     };
@@ -118,7 +118,7 @@ struct Attention {
 
   // A page is read where it lies if its layout allows, and is copied otherwise, or if so many rows
   // read it that it is better widened once.
-  void fold(Tile& tile, const PageEntry& entry, int64_t kv_head, const Slots& seen) const {
+  void fold(AttentionTile& tile, const PageEntry& entry, int64_t kv_head, const Slots& seen) const {
     const T* key = keys.at(entry.page, kv_head);
     const T* value = values.at(entry.page, kv_head);
     if (as_is() && (std::is_same_v<T, float> || tile.rows <= kFewRows))
@@ -152,7 +152,7 @@ struct Attention {
   }
 
   // Writes the result of a token with this one entry, or a part of it.
-  void leave(Tile& tile, int64_t row, int64_t entry, int64_t head) const {
+  void leave(AttentionTile& tile, int64_t row, int64_t entry, int64_t head) const {
     const Softmax& softmax = tile.softmax[row];
     Part own{softmax.shift, sum(softmax.total), tile.sums[row]};
     const int64_t token = plan.queries[entry];

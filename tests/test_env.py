@@ -33,7 +33,7 @@ def test_collect_is_json_and_covers_every_extra_and_op() -> None:
     assert json.loads(json.dumps(found)) == found
     assert found["optional"].keys() == installed.OPTIONAL.keys()
     assert found["ops"].keys() == {*installed.OPS, installed.SAMPLER_OPS}
-    names = {"chunked", "pieces", "flex", "reference"}
+    names = {"chunked", "cpp", "pieces", "flex", "reference"}
     assert all(found["ops"][op].split()[0] in names for op in installed.OPS)
     assert found["ops"][installed.SAMPLER_OPS] in ("triton", "cpp", "torch")
     assert found["extensions"] == {"C++ kernels": native.why()}

@@ -10,7 +10,7 @@ from torch import Tensor
 from srlm_kernels import backends, dispatch
 from srlm_kernels.backends import row_backend
 from srlm_kernels.prefix_attention import PrefixPlan
-from srlm_kernels.prefix_attention import refusal as prefix_refusal
+from srlm_kernels.prefix_attention import choose as choose_attention
 
 _HEAD_OPS = ("linear_logp", "linear_preference_loss")
 # Ops with one implementation for each kind of device, and the argument that decides.
@@ -89,7 +89,5 @@ def _prefix_attention(
     q, k, v = (example if x is None else x for x in (query, key, value))
     plan = plan or PrefixPlan.of([(2**30, [])])  # a window cuts unless the plan is too short for it
     given = {name: options.get(name) for name in ("window", "softcap", "sinks")}
-    best = "flex" if q.is_cuda else "pieces"
-    reason = prefix_refusal(best, q, k, v, plan, **given)
-    name = best if reason is None else "reference"
-    return name, [_WHAT[name]] + ([] if reason is None else [f"not {best}: {reason}"])
+    name, passed_over = choose_attention(q, k, v, plan, **given)
+    return name, [_WHAT[name], *(f"not {n}: {reason}" for n, reason in passed_over.items())]

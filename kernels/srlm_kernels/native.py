@@ -12,6 +12,7 @@ from srlm_kernels.logits_grad import narrowed
 
 _OPS = (
     "row_stats", "logits_grad", "gemm", "sample", "kv_write", "tree_attention", "invariant_linear",
+    "prefix_attention", "prefix_attention_backward",
 )  # fmt: skip
 
 

@@ -11,10 +11,10 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from srlm_kernels import prefix_attention_flex, prefix_attention_pieces
+from srlm_kernels import prefix_attention_cpp, prefix_attention_flex, prefix_attention_pieces
 from srlm_kernels.operands import as_autocast, without_autocast
 
-_IMPLEMENTATIONS = ("flex", "pieces", "reference")
+_IMPLEMENTATIONS = ("flex", "cpp", "pieces", "reference")
 _Made = TypeVar("_Made")
 
 
@@ -149,8 +149,9 @@ def prefix_attention(
         window: a query at position p sees positions above p - window; those of every response
             begin at the length of its prompt. None: all.
         sinks: [H] float, one more logit per head without a value.
-        impl: "auto", "flex" (CUDA; FlexAttention), "pieces" (CPU; flash attention of every part,
-            merged) or "reference". `refusal` says why "auto" did not take one of them.
+        impl: "auto", "flex" (CUDA; FlexAttention), "cpp" (CPU; C++ for AVX-512), "pieces" (CPU;
+            torch's flash attention of every part, merged) or "reference". `choose` says what
+            "auto" takes, and why it does not take another.
 
     Returns:
         [T, H, Dv] in the dtype of `query`; inside an autocast region in its dtype, as all three are
@@ -173,6 +174,7 @@ def prefix_attention(
     options = {"window": window, "softcap": softcap, "sinks": sinks}
     known: dict[str, Callable[..., Tensor]] = {
         "flex": prefix_attention_flex.attend,
+        "cpp": prefix_attention_cpp.attend,
         "pieces": prefix_attention_pieces.attend,
         "reference": prefix_attention_ref,
     }
@@ -212,14 +214,26 @@ def _chosen(
     impl: str, query: Tensor, key: Tensor, value: Tensor, plan: PrefixPlan, **options: Any
 ) -> str:
     if impl == "auto":
-        best = "flex" if query.is_cuda else "pieces"
-        return "reference" if refusal(best, query, key, value, plan, **options) else best
+        return choose(query, key, value, plan, **options)[0]
     if impl not in _IMPLEMENTATIONS:
         known = ", ".join(_IMPLEMENTATIONS)
         raise ValueError(f"prefix_attention has no impl={impl!r}; known: auto, {known}")
     if reason := refusal(impl, query, key, value, plan, **options):
         raise ValueError(f"prefix_attention cannot run with impl={impl!r} here: {reason}")
     return impl
+
+
+def choose(
+    query: Tensor, key: Tensor, value: Tensor, plan: PrefixPlan, **options: Any
+) -> tuple[str, dict[str, str]]:
+    """The implementation that "auto" takes, and why it takes none of the better ones, by name."""
+    reasons: dict[str, str] = {}
+    for name in ("flex",) if query.is_cuda else ("cpp", "pieces"):
+        reason = refusal(name, query, key, value, plan, **options)
+        if reason is None:
+            return name, reasons
+        reasons[name] = reason
+    return "reference", reasons
 
 
 def refusal(
@@ -236,6 +250,8 @@ def refusal(
     """Why the implementation called `impl` cannot take the call; None: it can."""
     if impl == "flex":
         return prefix_attention_flex.refusal(query, key, value, sinks)
+    if impl == "cpp":
+        return prefix_attention_cpp.refusal(query)
     if impl == "pieces":
         cuts = window is not None and window < plan.longest
         options = {"a window that cuts": cuts, "softcap": softcap, "sinks": sinks is not None}

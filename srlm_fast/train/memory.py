@@ -22,6 +22,7 @@ from srlm_fast.model.forward import hidden_states
 from srlm_fast.model.load import text_config
 from srlm_fast.model.sizes import count_parameters
 from srlm_kernels.plan import chunk_rows
+from srlm_kernels.prefix_attention_cpp import refusal as cpp_refusal
 
 _NAME = "srlm_sized"
 _TOKENS = 256  # of the forward that is measured
@@ -181,7 +182,8 @@ def _sized_attention(
     softmax, and under the cap."""
     keys = _keys.get()
     cut = sliding_window is not None and sliding_window < keys
-    dense = cut or softcap is not None or s_aux is not None or key.shape[3] != value.shape[3]
+    special = cut or softcap is not None or s_aux is not None or key.shape[3] != value.shape[3]
+    dense = special and cpp_refusal(torch.empty(0, dtype=query.dtype)) is not None
     numbers = 1 + keys * (dense + (softcap is not None))
     return _Sized.apply(query, key, value, numbers), None  # type: ignore[no-untyped-call]
 

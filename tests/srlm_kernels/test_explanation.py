@@ -55,12 +55,14 @@ def test_dtypes_decide_too():
     assert "a part of tree_attention" in explain("merge_states")
 
 
-def test_prefix_attention_says_why_it_takes_the_reference():
+def test_prefix_attention_says_why_it_takes_the_reference(monkeypatch):
+    monkeypatch.setattr(native, "has", lambda op: False)
     query = torch.zeros(9, 2, 16)
     plan = PrefixPlan.of([(3, [2, 4])])
-    assert explain("prefix_attention", query=query).startswith("prefix_attention: pieces (")
+    line = explain("prefix_attention", query=query)
+    assert line.startswith("prefix_attention: pieces (") and "not cpp: " in line
     for options, reason in (
-        ({"softcap": 3.0}, "it does not do softcap"),
+        ({"softcap": 3.0}, "not pieces: it does not do softcap"),
         ({"window": 5, "plan": plan}, "it does not do a window that cuts"),
         ({"window": 5}, "it does not do a window that cuts"),
         ({"value": torch.zeros(9, 2, 8)}, "keys are 16 wide and values 8"),
@@ -69,3 +71,13 @@ def test_prefix_attention_says_why_it_takes_the_reference():
         assert line.startswith("prefix_attention: reference (") and reason in line
     short = explain("prefix_attention", query=query, plan=plan, window=7)
     assert short.startswith("prefix_attention: pieces (")
+
+
+@pytest.mark.skipif(not native.has("prefix_attention"), reason="not built, or without AVX-512")
+def test_prefix_attention_in_cpp_takes_what_pieces_do_not():
+    query = torch.zeros(9, 2, 16)
+    line = explain("prefix_attention", query=query, softcap=3.0)
+    assert line.startswith("prefix_attention: cpp (C++ on the CPU")
+    line = explain("prefix_attention", query=query.double())
+    assert line.startswith("prefix_attention: pieces (")
+    assert "not cpp: it takes float32 and bfloat16, not torch.float64" in line

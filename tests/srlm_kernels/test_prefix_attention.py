@@ -9,12 +9,18 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
-from srlm_kernels import PrefixPlan, prefix_attention
-from srlm_kernels.prefix_attention import refusal, sees
+from srlm_kernels import PrefixPlan, native, prefix_attention
+from srlm_kernels.prefix_attention import choose, refusal, sees
 from tests.srlm_kernels.packed_rows import HEADS, PLANS, Heads, Row, by_response, with_gradients
 
 DOUBLE, FLOAT, BFLOAT = torch.float64, torch.float32, torch.bfloat16
 reference = partial(prefix_attention, impl="reference")
+
+HAS_CPP = native.has("prefix_attention")
+CPP = pytest.param(
+    "cpp", marks=pytest.mark.skipif(not HAS_CPP, reason=f"{native.why()}, or without AVX-512")
+)
+IMPLS = ["reference", "pieces", CPP]
 
 # What "pieces" does not do. A window of 1 is the token itself, 9 cuts across prompts.
 OPTIONS = {
@@ -84,7 +90,7 @@ def test_a_window_that_never_cuts_is_none(impl: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [FLOAT, BFLOAT], ids=str)
-@pytest.mark.parametrize("impl", ["reference", "pieces"])
+@pytest.mark.parametrize("impl", IMPLS)
 def test_the_same_bits_with_gradients_and_without(impl: str, dtype: torch.dtype) -> None:
     row = Row(PLANS["ragged"], HEADS["grouped"])
     attend = partial(prefix_attention, impl=impl)
@@ -101,7 +107,7 @@ def test_the_same_bits_with_gradients_and_without(impl: str, dtype: torch.dtype)
 
 
 @pytest.mark.parametrize("dtype", [FLOAT, BFLOAT], ids=str)
-@pytest.mark.parametrize("impl", ["reference", "pieces"])
+@pytest.mark.parametrize("impl", IMPLS)
 def test_what_else_is_packed_does_not_show(impl: str, dtype: torch.dtype) -> None:
     """Result and gradients of a group, alone and anywhere in the row."""
     attend = partial(prefix_attention, impl=impl)
@@ -127,7 +133,7 @@ def test_what_else_is_packed_does_not_show(impl: str, dtype: torch.dtype) -> Non
             assert f[start : start + tokens].equal(a)
 
 
-@pytest.mark.parametrize("impl", ["reference", "pieces"])
+@pytest.mark.parametrize("impl", IMPLS)
 def test_any_strides(impl: str) -> None:
     row = Row(PLANS["pairs"], HEADS["grouped"])
     attend, plan, upstream = partial(prefix_attention, impl=impl), row.plan, row.upstream(FLOAT)
@@ -152,7 +158,7 @@ def test_any_strides(impl: str) -> None:
     assert_all_close([out, grad], [expected[0], torch.cat(expected[1:], 1)], atol=1e-5)
 
 
-@pytest.mark.parametrize("options", [{}, OPTIONS["all"]], ids=["pieces", "reference"])
+@pytest.mark.parametrize("options", [{}, OPTIONS["all"]], ids=["none", "all"])
 def test_activation_checkpointing_changes_nothing(options: dict) -> None:
     row = Row(PLANS["pairs"], HEADS["grouped"])
     given = options_for(row.heads, options, FLOAT)
@@ -174,7 +180,7 @@ def test_activation_checkpointing_changes_nothing(options: dict) -> None:
 def test_autocast_makes_it_what_it_is_in_that_dtype() -> None:
     """As it does with torch's own attention; queries and values may come in two dtypes then."""
     row = Row(PLANS["pairs"], HEADS["grouped"])
-    for impl in ("reference", "pieces"):
+    for impl in ("reference", "pieces", *(["cpp"] if HAS_CPP else [])):
         attend = partial(prefix_attention, impl=impl)
 
         def under_autocast(q, k, v, plan, attend=attend) -> Tensor:
@@ -247,7 +253,7 @@ WRONG = {
     "device": ({"key": torch.zeros(6, 2, 8, device="meta")}, "key is on meta, query on cpu"),
     "window": ({"window": 0}, "window must be at least 1"),
     "softcap": ({"softcap": 0.0}, "softcap must be positive and finite"),
-    "impl": ({"impl": "cuda"}, "no impl='cuda'; known: auto, flex, pieces, reference"),
+    "impl": ({"impl": "cuda"}, "no impl='cuda'; known: auto, flex, cpp, pieces, reference"),
 }  # fmt: skip
 
 
@@ -271,7 +277,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize(("options", "dtype", "width", "reason"), REFUSED.values(), ids=REFUSED)
-def test_auto_takes_the_reference_where_pieces_say_no(options, dtype, width, reason) -> None:
+def test_auto_takes_another_where_pieces_say_no(options, dtype, width, reason) -> None:
     heads = dataclasses.replace(HEADS["grouped"], value_width=width)
     row, given = Row(PLANS["pairs"], heads), options_for(heads, options, dtype)
     inputs = (*row.leaves(dtype), row.plan)
@@ -280,12 +286,20 @@ def test_auto_takes_the_reference_where_pieces_say_no(options, dtype, width, rea
         prefix_attention(*inputs, **given, impl="pieces")
     out = prefix_attention(*inputs, **given)
     assert out.dtype == dtype
-    assert out.equal(prefix_attention(*inputs, **given, impl="reference"))
+    other = "cpp" if HAS_CPP and dtype == FLOAT else "reference"
+    assert choose(*inputs, **given)[0] == other
+    assert out.equal(prefix_attention(*inputs, **given, impl=other))
 
 
-def test_auto_takes_pieces_on_the_cpu() -> None:
+def test_what_auto_takes_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     row = Row(PLANS["pairs"], HEADS["grouped"])
     inputs = (*row.leaves(FLOAT), row.plan)
-    pieces, dense = (prefix_attention(*inputs, impl=impl) for impl in ("pieces", "reference"))
-    assert not pieces.equal(dense)
-    assert prefix_attention(*inputs).equal(pieces)
+    dense = prefix_attention(*inputs, impl="reference")
+    found = prefix_attention(*inputs)
+    assert not found.equal(dense)
+    assert found.equal(prefix_attention(*inputs, impl="cpp" if HAS_CPP else "pieces"))
+    monkeypatch.setattr(native, "has", lambda op: False)
+    name, reasons = choose(*inputs)
+    assert name == "pieces" and list(reasons) == ["cpp"]
+    pieces = prefix_attention(*inputs, impl="pieces")
+    assert prefix_attention(*inputs).equal(pieces) and not pieces.equal(dense)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
 
 from benchmarks.train_engines import policy_and_reference, random_pairs
 from tests.integrations.tokens import tokenizer
@@ -34,9 +35,9 @@ class OnTokenIds(trl.DPOTrainer):
         return dataset
 
 
-def trained(kind, batch, folder, count=None):
-    """The weights and the logs after six steps of `batch` pairs a process, of `count` pairs."""
-    policy, reference = policy_and_reference(SHAPE, torch.float32)
+def trainer_of(kind, batch, folder, count=None, shape=SHAPE):
+    """Of six steps of `batch` pairs a process, of `count` pairs."""
+    policy, reference = policy_and_reference(shape, torch.float32)
     rows = [
         {
             "prompt_ids": list(p.prompt_ids), "chosen_ids": list(p.chosen_ids[:a]),
@@ -56,18 +57,28 @@ def trained(kind, batch, folder, count=None):
         train_dataset=datasets.Dataset.from_list(rows[:count]),
         processing_class=tokenizer(),
     )  # fmt: skip
-    if kind == "accelerated":
-        accelerate(trainer)
+    return accelerate(trainer) if kind == "accelerated" else trainer
+
+
+def trained(*arguments):
+    """The weights and the logs after a training."""
+    trainer = trainer_of(*arguments)
     trainer.train()
+    policy = trainer.accelerator.unwrap_model(trainer.model)
     weights = torch.cat([p.detach().flatten() for p in policy.parameters()])
     logs = [row for row in trainer.state.log_history if "loss" in row]
     return {"weights": weights, "logs": logs, "processes": trainer.accelerator.num_processes}
 
 
+def environment():
+    """What accelerate asks."""
+    rank = str(dist.get_rank())
+    os.environ.update(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2")
+    os.environ.update(MASTER_ADDR="localhost", MASTER_PORT="0")  # the group is there already
+
+
 def of_two(kind, name, batch, count):
     rank = dist.get_rank()
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
-    os.environ.update(MASTER_ADDR="localhost", MASTER_PORT="0")  # the group is there already
     folder = Path(sys.argv[1])
     torch.save(trained(kind, batch, folder / "out", count), folder / f"{name}.{rank}.pt")
 
@@ -80,16 +91,63 @@ def check(kind, name, *sizes):
     return run
 
 
+def gradients(kind, folder, sharded):
+    """By name, the mean over the processes, of two micro-batches of this one's pairs."""
+    rank = dist.get_rank()
+    trainer = trainer_of(kind, 2, folder, shape=SHAPE | {"tie_word_embeddings": False})
+    pairs = [trainer.train_dataset[i] for i in (2 * rank, 2 * rank + 1)]
+    batch = trainer._prepare_inputs(trainer.data_collator(pairs))
+    if sharded:
+        for model in (trainer.model, trainer.ref_model):
+            shard(model)
+    trainer.model.train()
+    for _ in range(2):
+        trainer.compute_loss(trainer.model, batch).backward()
+    found = {n: p.grad for n, p in trainer.model.named_parameters()}
+    if sharded:
+        return {name: gradient.full_tensor() for name, gradient in found.items()}
+    for gradient in found.values():
+        dist.all_reduce(gradient)
+    return {name: gradient / 2 for name, gradient in found.items()}
+
+
+def shard(model):
+    """As accelerate does with FSDP2, which it has on GPUs alone: the head goes with the last norm,
+    and is whole from that one's forward on."""
+    for layer in model.model.layers:
+        fully_shard(layer)
+    fully_shard(model.model.embed_tokens)
+    fully_shard([model.model.norm, model.lm_head], reshard_after_forward=False)
+    fully_shard(model)
+
+
+def fsdp2():
+    folder = Path(sys.argv[1]) / "out"
+    for kind in KINDS[1:]:
+        expected, found = (gradients(kind, folder, sharded) for sharded in (False, True))
+        for name, gradient in expected.items():
+            assert gradient.norm() > 0, name
+            assert (found[name] - gradient).norm() <= 1e-6 * gradient.norm(), (kind, name)
+
+
 CHECKS = [check(kind, kind, 2, len(CUTS)) for kind in KINDS]
 # Three pairs, one a process: the second step of an epoch has one left, and repeats another.
 CHECKS += [check(kind, f"uneven_{kind}", 1, 3) for kind in ("plain", "packed")]
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory):
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("ranks")
+
+
+@pytest.fixture(scope="module")
+def outputs(folder):
+    return processes.start(__file__, folder)[2]
+
+
+@pytest.fixture(scope="module")
+def found(outputs, folder):
     """By kind: what it is on one process, and on each of two."""
-    folder = tmp_path_factory.mktemp("ranks")
-    outputs = processes.start(__file__, folder)[2]
     for each in CHECKS:
         processes.assert_passed(each, outputs)
     load = partial(torch.load, weights_only=True)
@@ -124,5 +182,9 @@ def test_two_processes_log_what_trls_do(found, kind, plain):
             assert ours[name] == pytest.approx(value, rel=1e-4, abs=1e-5), name
 
 
+def test_weights_that_fsdp2_shards_have_the_gradients_of_whole_ones(outputs):
+    processes.assert_passed(fsdp2, outputs)
+
+
 if __name__ == "__main__":
-    processes.main({2: CHECKS})
+    processes.main({2: [environment, *CHECKS, fsdp2]})

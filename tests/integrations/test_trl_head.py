@@ -204,11 +204,14 @@ def test_an_adapter_that_is_put_on_the_head_later_is_refused(make):
         trainer.model(input_ids=IDS, labels=LABELS, fused_lm_head=True)
 
 
-def test_a_head_that_zero3_has_taken_apart_is_refused():
+def test_zero3_is_refused_at_the_start_and_by_the_op():
     torch.manual_seed(0)
     _, ours = heads(transformers.LlamaForCausalLM(transformers.LlamaConfig(**SHAPE)))
+    arguments = SimpleNamespace(deepspeed_plugin=SimpleNamespace(zero_stage=3))
+    with pytest.raises(UserError, match="use ZeRO-2 or FSDP2"):
+        accelerate(SimpleNamespace(model=ours, accelerator=None, args=arguments))
     ours.lm_head.weight.data = torch.empty(0)  # as DeepSpeed leaves it
-    with pytest.raises(Exception, match="GatheredParameters"):
+    with pytest.raises(ValueError, match=r"inside deepspeed\.zero\.GatheredParameters"):
         ours(input_ids=IDS, labels=LABELS, fused_lm_head=True)
 
 

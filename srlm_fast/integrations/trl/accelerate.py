@@ -29,12 +29,18 @@ def accelerate(trainer: Trainer, *, packed: Callable[[], Packed | None] = lambda
     packed: gives the batch of the call under way in packed form; `SrlmDPOTrainer` uses it.
 
     Returns `trainer`. Raises UserError for what is no trainer, for one without TRL's fused head,
-    and with torch_compile.
+    with torch_compile, and with DeepSpeed ZeRO-3.
     """
     owner: Any = trainer
     if not (hasattr(owner, "model") and hasattr(owner, "accelerator")):
         raise UserError(f"accelerate takes a trainer of TRL's, not a {type(trainer).__name__}")
-    if getattr(getattr(owner, "args", None), "torch_compile", False):
+    args = getattr(owner, "args", None)
+    if getattr(getattr(args, "deepspeed_plugin", None), "zero_stage", 0) == 3:
+        raise UserError(
+            "DeepSpeed ZeRO-3 keeps the head's rows elsewhere, and srlm_fast gathers none: "
+            "use ZeRO-2 or FSDP2"
+        )
+    if getattr(args, "torch_compile", False):
         raise UserError(
             "srlm_fast's head is called by the model's forward, which torch_compile would compile: "
             "set torch_compile to False"

@@ -12,6 +12,7 @@ import pytest
 
 import srlm_fast
 import srlm_kernels
+from srlm_fast.installed import OPTIONAL
 
 ROOT = Path(__file__).resolve().parent.parent
 TABLE = (ROOT / "docs" / "api.md").read_text("utf-8")
@@ -48,8 +49,8 @@ print(json.dumps(sorted(sys.modules)))
 """
     loaded = set(fresh(code))
     assert "srlm_fast.sampler" in loaded
-    optional = {"trl", "peft", "liger_kernel", "torchao", "datasets", "ray", "flash_attn"}
-    assert not optional & loaded
+    optional = {module.partition(".")[0] for _, module in OPTIONAL.values()}
+    assert not (optional | {"flash_attn", "axolotl", "verl", "openrlhf"}) & loaded
 
 
 @pytest.mark.parametrize("name", srlm_fast.__all__)

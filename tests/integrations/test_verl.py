@@ -3,7 +3,9 @@
 import importlib
 import inspect
 import sys
+import tomllib
 from importlib.util import find_spec
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -112,6 +114,11 @@ def test_nothing_changes_until_it_is_chosen(verl):
     assert isinstance(functional.FusedLinearForPPO(), FusedLinearForPPO)
     with pytest.raises(ValueError, match="cuda"):
         functional.FusedLinearForPPO(impl_backend="cuda")
+
+
+def test_verl_finds_the_backend_by_its_entry_point():
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text("utf-8"))
+    assert project["project"]["entry-points"]["verl.plugins"] == {"srlm_fast": OURS}
 
 
 def test_a_verl_without_a_choice_is_refused(monkeypatch):

@@ -1,12 +1,21 @@
 """What the tests of TRL's DPO train: tiny models, token ids, a maker of trainers."""
 
 import copy
+import gc
 
 import pytest
 import torch
 
 from benchmarks.train_engines import policy_and_reference, random_pairs
 from tests.integrations import tokens
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cheap_collections():
+    """Trainers collect garbage when they begin and when they end; what was imported is none."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session")

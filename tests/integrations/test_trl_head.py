@@ -18,7 +18,7 @@ from accelerate import Accelerator  # noqa: E402
 from srlm_fast.integrations.trl import SrlmDPOTrainer, accelerate, patch_logprobs  # noqa: E402
 from srlm_fast.integrations.trl import fused_head as module  # noqa: E402
 from srlm_kernels import LinearLogp  # noqa: E402
-from tests.integrations.dpo_runs import OnTokenIds, record  # noqa: E402
+from tests.integrations.dpo_runs import OnTokenIds  # noqa: E402
 
 SHAPE = {
     "vocab_size": 60, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
@@ -182,18 +182,13 @@ def test_a_second_call_after_training_changes_nothing(make):
     assert accelerate(ours).model.forward == forward
 
 
-def test_a_model_that_compiles_itself(make, models):
-    def compiled(kind):
-        policy = copy.deepcopy(models[0])
-        policy.compile(backend="eager")
-        return make(kind, policy=policy, max_steps=1)
-
-    expected = record(make(OnTokenIds, max_steps=1))
-    for trainer in (accelerate(compiled(OnTokenIds)), compiled(SrlmDPOTrainer)):
-        found = record(trainer)
-        assert found[0] == pytest.approx(float(expected[0]), rel=1e-5)
-        for name, gradient in expected[1].items():
-            assert (found[1][name] - gradient).norm() <= 1e-5 * gradient.norm() + 1e-9
+def test_a_model_that_compiles_itself():
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(**{**SHAPE, "num_hidden_layers": 1})
+    theirs, ours = heads(transformers.LlamaForCausalLM(config))
+    ours.compile(backend="eager")
+    check_call(theirs, ours, input_ids=IDS, labels=LABELS)
+    torch._dynamo.reset()
 
 
 def test_an_adapter_that_is_put_on_the_head_later_is_refused(make):

@@ -42,10 +42,19 @@ class FullWeights:
 
     def frozen(self, folder: Path | None = None) -> PreTrainedModel:
         """The model of `folder`, or this one as it is now, beside the one that trains."""
-        twin = frozen_copy(self.model)
-        if folder is not None:
-            load_weights(twin, folder)
-        return twin
+        return frozen_copy(self.model) if folder is None else frozen_twin(self.model, folder)
+
+
+def frozen_twin(model: PreTrainedModel, folder: str | Path) -> PreTrainedModel:
+    """The model of `folder` as a `frozen_copy` of `model`, with all that was done to its modules.
+
+    There is never a third copy of the weights. Raises UserError as `load_weights`.
+    """
+    source = _state(folder, model, model.device)
+    own = model.state_dict(keep_vars=True)
+    twin = copy.deepcopy(model, {id(tensor): source[name] for name, tensor in own.items()})
+    twin.train(False).requires_grad_(False)
+    return twin
 
 
 def load_weights(model: PreTrainedModel, folder: str | Path) -> None:
@@ -54,7 +63,7 @@ def load_weights(model: PreTrainedModel, folder: str | Path) -> None:
     The tensors stay the same objects, so optimisers and samplers that hold them see the new
     values. Raises UserError when the folder's model has other tensors or shapes.
     """
-    source = _state(folder, model)
+    source = _state(folder, model, torch.device("cpu"))
     with torch.no_grad():
         for name, tensor in model.state_dict().items():
             tensor.copy_(source[name])
@@ -63,15 +72,16 @@ def load_weights(model: PreTrainedModel, folder: str | Path) -> None:
 def move_weights(model: PreTrainedModel, folder: str | Path, alpha: float) -> None:
     """Each parameter w of `model` becomes alpha w' + (1 - alpha) w, in place, w' being that of
     `folder`. Raises UserError as `load_weights`."""
-    source = _state(folder, model)
+    source = _state(folder, model, torch.device("cpu"))
     with torch.no_grad():
         for name, weight in model.named_parameters():  # of tied ones there is one
             weight.lerp_(source[name].to(weight.device), alpha)
 
 
-def _state(folder: str | Path, model: PreTrainedModel) -> dict[str, Tensor]:
-    """The tensors of `folder`, on the CPU, which must be those of `model`."""
-    source = load_model(str(folder), device=torch.device("cpu"), dtype=model.dtype).state_dict()
+def _state(folder: str | Path, model: PreTrainedModel, device: torch.device) -> dict[str, Tensor]:
+    """The parameters and buffers of `folder`, on `device`, which must be those of `model`."""
+    loaded = load_model(str(folder), device=device, dtype=model.dtype)
+    source: dict[str, Tensor] = loaded.state_dict(keep_vars=True)
     shapes = [{name: t.shape for name, t in s.items()} for s in (source, model.state_dict())]
     if shapes[0] != shapes[1]:
         odd = min(set(shapes[0].items()) ^ set(shapes[1].items()))[0]

@@ -10,7 +10,7 @@ import torch
 
 from srlm_fast.errors import UserError
 from srlm_fast.model.load import load_model, load_tokenizer
-from srlm_fast.model.weights import frozen_copy, load_weights, save_model
+from srlm_fast.model.weights import FullWeights, frozen_copy, load_weights, save_model
 
 
 def equal(one: Any, two: Any) -> bool:
@@ -100,6 +100,39 @@ def test_weights_of_another_shape_are_refused(
     save_model(make_model(intermediate_size=40), tokenizer, tmp_path / "M1")
     model = make_model()
     before = frozen_copy(model)
-    with pytest.raises(UserError, match=r"does not fit this one: .*mlp.* differs"):
-        load_weights(model, tmp_path / "M1")
-    assert equal(model, before)
+    for load in (lambda f: load_weights(model, f), FullWeights(model).frozen):
+        with pytest.raises(UserError, match=r"does not fit this one: .*mlp.* differs"):
+            load(tmp_path / "M1")
+        assert equal(model, before)
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_saved_model_beside_the_resident_one_takes_no_third_copy(
+    tied: bool,
+    dtype: torch.dtype,
+    tmp_path: Path,
+    make_model: Callable[..., Any],
+    tokenizer: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    saved = make_model(seed=1, tie_word_embeddings=tied).to(dtype)
+    save_model(saved, tokenizer, tmp_path / "M1")
+    model = make_model(tie_word_embeddings=tied).to(dtype).train()
+    model.model.norm.patched = "yes"
+    model(torch.tensor([[5, 6]])).logits.sum().backward()
+
+    def copied(*_: Any) -> None:
+        raise AssertionError("of the resident model's weights there is a copy")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.nn.Parameter, "__deepcopy__", copied)
+        twin: Any = FullWeights(model).frozen(tmp_path / "M1")
+    assert equal(twin, saved) and not equal(twin, model) and twin.dtype == dtype
+    assert twin.model.norm.patched == "yes" and not twin.training and model.training
+    assert not any(p.requires_grad or p.grad is not None for p in twin.parameters())
+    assert all(p.requires_grad and p.grad is not None for p in model.parameters())
+    assert (twin.lm_head.weight is twin.model.embed_tokens.weight) == tied
+    with torch.no_grad():
+        model.lm_head.weight.add_(1)
+    assert equal(twin, saved), "the memory is its own"

@@ -36,6 +36,10 @@ from srlm_kernels import linear_logp
 # How far cached sums may be from the same sums in another batch, in times of what is measured.
 _SLACK = 4.0
 
+# Numbers of a weight that are summed at once; a multiple of the strides, so that the sums are those
+# of the whole.
+_STRETCH = 7 * 11 << 16
+
 # Entries of a model's configuration that leave what it computes as it is.
 _NO_FUNCTION = {
     "_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache",
@@ -301,8 +305,13 @@ def fingerprint(model: Any) -> str:
     state, whole = hashlib.sha256(), {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     for name, weight in active_state(model).items():
         flat = gathered(weight).contiguous().flatten()
-        bits = flat.view(whole[flat.element_size()]).long()
-        sums = torch.stack([bits.sum(), bits.square().sum(), bits[::7].sum(), bits[::11].sum()])
+        bits = flat.view(whole[flat.element_size()])
+        # As 64-bit numbers a large embedding would be a second model.
+        parts = [
+            torch.stack([x.sum(), x.square().sum(), x[::7].sum(), x[::11].sum()])
+            for x in map(Tensor.long, torch.split(bits, _STRETCH))
+        ]
+        sums = torch.stack(parts).sum(0)
         state.update(f"{name}{list(weight.shape)}{sums.tolist()}".encode())
     state.update(f"{_configuration(model)}{active_scaling(model)}".encode())
     return state.hexdigest()

@@ -9,6 +9,7 @@ from transformers import MistralConfig, MistralForCausalLM
 
 from srlm_fast.config import PreferenceConfig
 from srlm_fast.errors import UserError
+from srlm_fast.model.sizes import PeakBytes
 from srlm_fast.model.weights import frozen_copy
 from srlm_fast.train import reference
 from srlm_fast.train.noise import Refinement
@@ -108,6 +109,20 @@ def test_the_fingerprint_is_of_the_function_too(make_model, change):
     for name, value in change.items():
         setattr(model.config, name, value)
     assert reference.fingerprint(model) != before
+
+
+def test_a_fingerprint_takes_no_second_model(monkeypatch):
+    """As 64-bit numbers a bf16 embedding was four times its size, and its squares as much again."""
+    weights = torch.randn(1000, 77 * 400, generator=torch.Generator().manual_seed(0))
+    model = torch.nn.ParameterDict({"embedding": torch.nn.Parameter(weights.bfloat16())})
+    whole = model["embedding"].nbytes
+    with PeakBytes(model.parameters()) as held:
+        found = reference.fingerprint(model)
+    assert held.peak < 2 * whole
+    monkeypatch.setattr(reference, "_STRETCH", weights.numel())
+    with PeakBytes(model.parameters()) as held:
+        assert reference.fingerprint(model) == found, "it is that of sums over the whole"
+    assert held.peak >= 8 * whole
 
 
 def test_saving_changes_no_fingerprint(tmp_path):

@@ -13,8 +13,9 @@ from safetensors.torch import load_file
 
 from srlm_fast.config import TrainConfig
 from srlm_fast.errors import UserError
+from srlm_fast.model.sizes import PeakBytes
 from srlm_fast.model.weights import frozen_copy
-from srlm_fast.parallel import ALONE
+from srlm_fast.parallel import ALONE, Ranks
 from srlm_fast.sampler import Sampler, SamplingParams
 from srlm_fast.train import checkpoint
 from srlm_fast.train.checkpoint import Checkpoint, Checkpoints
@@ -22,7 +23,7 @@ from srlm_fast.train.optim import Optimizer
 from srlm_fast.train.plan import MicroBatches
 from srlm_fast.train.preference import train_preference
 from srlm_fast.train.sft import train_sft
-from srlm_fast.train.sharded import sharded
+from srlm_fast.train.sharded import check_replicas, sharded
 from tests.srlm_kernels import ranks as processes
 from tests.train.test_parallel import (
     CONFIG,
@@ -356,6 +357,14 @@ def test_one_process_shards_nothing():
             train(ALONE)[0],
             train(ALONE, replace(SFT if train is tuned else CONFIG, parallel="replicate"))[0],
         )
+
+
+def test_comparing_the_weights_of_ranks_takes_no_second_model(monkeypatch):
+    monkeypatch.setattr(Ranks, "gather", lambda ranks, found: found)
+    model = torch.nn.Embedding(100, 1 << 17)
+    with PeakBytes(model.parameters()) as held:
+        check_replicas(model, Ranks(0, 2))
+    assert 0 < held.peak < model.weight.nbytes
 
 
 def test_sharded_ranks_have_as_many_micro_batches():

@@ -68,7 +68,8 @@ def memory(model: str, recipe: str, gigabytes: float | None = None) -> list[str]
     """What each phase of `recipe` with `model` (HF folder or hub id, weights or not) needs, in
     lines: on this machine, or on a GPU of so many `gigabytes`. Raises UserError as a run would."""
     from srlm_fast.model.load import check_folder
-    from srlm_fast.rounds.memory import RunMemory, planned_machine
+    from srlm_fast.rounds.machine import planned_machine
+    from srlm_fast.rounds.memory import RunMemory
 
     config = load_config(recipe, {"model": model})
     machine = planned_machine("auto" if gigabytes is None else "cuda", gigabytes)

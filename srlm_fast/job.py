@@ -38,8 +38,9 @@ from srlm_fast.model.load import (
 from srlm_fast.parallel import ALONE, Ranks
 from srlm_fast.prompts.task_list import load_task_list
 from srlm_fast.rounds.engine import Engine
+from srlm_fast.rounds.machine import Machine, machine_here, weights_dtype
 from srlm_fast.rounds.manifest import Run, file_digest
-from srlm_fast.rounds.memory import Machine, RunMemory, machine_here, weights_dtype
+from srlm_fast.rounds.memory import RunMemory
 from srlm_fast.rounds.plan import check_training
 from srlm_fast.rounds.selection import validation_prompts
 from srlm_fast.rounds.spa import spread_preference_annotation
@@ -167,12 +168,8 @@ def _check_reference(config: Config, folder: Path, model_config: Any, *, weights
     if not name:
         return
     reference = resolve_folder(name, weights=weights)
-    ours, theirs = (load_tokenizer(str(f)).get_vocab() for f in (folder, reference))
-    if not ours.items() <= theirs.items():
-        raise UserError(
-            f"judge.reference {name} has other token ids than the model, so it cannot score what"
-            " the model samples; give the model that it was trained from"
-        )
+    if weights or has_tokenizer(reference):  # a plan needs none
+        _check_ids(name, folder, reference)
     found = check_folder(str(reference), weights=weights)
     if context_of(found) < context_of(model_config):
         raise UserError(
@@ -181,18 +178,28 @@ def _check_reference(config: Config, folder: Path, model_config: Any, *, weights
         )
 
 
+def _check_ids(name: str, folder: Path, reference: Path) -> None:
+    ours, theirs = (load_tokenizer(str(f)).get_vocab() for f in (folder, reference))
+    if not ours.items() <= theirs.items():
+        raise UserError(
+            f"judge.reference {name} has other token ids than the model, so it cannot score what"
+            " the model samples; give the model that it was trained from"
+        )
+
+
 def _check_prompt_model(config: Config, *, weights: bool) -> None:
     """The model that writes prompts must be there, read conversations and have room for them."""
     name, wanted = config.prompts.model, config.prompts.max_new_tokens
     if not name:
         return
-    folder = str(resolve_folder(name, weights=weights))
-    try:
-        ChatTemplate(load_tokenizer(folder), config.prompts.chat_template)
-    except UserError as error:
-        said = str(error).replace("--template", "--prompts.chat_template")
-        raise UserError(f"prompts.model {name}: {said}") from error
-    context = context_of(check_folder(folder, weights=weights))
+    folder = resolve_folder(name, weights=weights)
+    if weights or has_tokenizer(folder):  # a plan needs none
+        try:
+            ChatTemplate(load_tokenizer(str(folder)), config.prompts.chat_template)
+        except UserError as error:
+            said = str(error).replace("--template", "--prompts.chat_template")
+            raise UserError(f"prompts.model {name}: {said}") from error
+    context = context_of(check_folder(str(folder), weights=weights))
     if wanted >= context:
         raise UserError(
             f"prompts.max_new_tokens = {wanted} leaves no room for a list of tasks in the context "

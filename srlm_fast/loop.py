@@ -87,7 +87,7 @@ def _plan(config: Config, gigabytes: float | None, ranks: Ranks) -> None:
     of a device with so many `gigabytes`, or of this one, unless the model's weights are not here
     anyway."""
     from srlm_fast.job import prepare
-    from srlm_fast.rounds.memory import planned_machine
+    from srlm_fast.rounds.machine import planned_machine
     from srlm_fast.rounds.plan import plan
 
     job = prepare(config, ranks, planned_machine(config.device, gigabytes, ranks))

@@ -5,34 +5,26 @@ Rows count as long as they may be: how long they are is known with the data, or 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from srlm_fast.config import Config, PreferenceConfig, TrainConfig
+from srlm_fast.config import Config, LoraConfig, PreferenceConfig, TrainConfig
 from srlm_fast.config.pairwise import compares
 from srlm_fast.errors import UserError
-from srlm_fast.model.load import context_of, resolve_device, text_config
+from srlm_fast.model.load import check_folder, context_of, text_config
 from srlm_fast.model.sizes import count_parameters, without_data
 from srlm_fast.parallel import ALONE, Ranks
 from srlm_fast.prompts.self_instruct import MAX_BATCH
-from srlm_fast.sampler.memory import Call, sampler_memory
+from srlm_fast.rounds.machine import Machine, weights_dtype
+from srlm_fast.sampler.memory import Call, SamplerMemory, sampler_memory
 from srlm_fast.train.memory import train_memory
 
 _NO_CONTEXT = 2048  # tokens of a row where a model has no limit, or none that is sensible
 _LONGEST = 1 << 20
-
-
-@dataclass(frozen=True)
-class Machine:
-    """What a run has: its device, and the bytes there for one process (None: unknown)."""
-
-    device: torch.device
-    room: int | None
 
 
 @dataclass(frozen=True)
@@ -58,64 +50,35 @@ class Phase:
         return f"{self.name}: {bound} {self.peak / 1e9:.2f} GB{forwards} ({parts})"
 
 
-def machine_here(device: torch.device, ranks: Ranks = ALONE) -> Machine:
-    """`device` as it is now. The processes of a machine share its memory, but not their GPUs."""
-    if device.type == "cuda":
-        return Machine(device, int(torch.cuda.mem_get_info(device)[0]))
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return Machine(device, None)
-    free = [int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
-    return Machine(device, free[0] * 1024 // ranks.local_world if free else None)
-
-
-def planned_machine(name: str, gigabytes: float | None, ranks: Ranks = ALONE) -> Machine:
-    """The device called `name` with so many `gigabytes`, or here, with what it has.
-
-    Raises UserError for one that is not here where nobody says what it has.
-    """
-    if gigabytes is None:
-        try:
-            return machine_here(resolve_device(name), ranks)
-        except UserError as error:
-            raise UserError(f"{error}, or give its --memory in GB to plan for it") from error
-    kind = "cuda" if name.startswith("cuda") else resolve_device(name).type
-    return Machine(torch.device(kind), int(gigabytes * 1e9))
-
-
-def weights_dtype(config: Config, model_config: Any, device: torch.device) -> torch.dtype:
-    """What `load_model` makes of `config.dtype` there."""
-    if config.dtype != "auto":
-        return torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
-    stored = getattr(model_config, "dtype", None)
-    return stored if device.type == "cuda" and stored is not None else torch.float32
-
-
 @dataclass(frozen=True)
 class RunMemory:
-    """Of one process of a run. `model` is without data, adapters included; None: this family cannot
-    be made so, and nothing is known."""
+    """Of one process of a run. Models are without data, the run's own with its adapters; None:
+    there is none, or its family cannot be made so, and nothing is known of it."""
 
     config: Config
     model: Any
     machine: Machine
     ranks: Ranks = ALONE
+    writer: Any = None
+    """`prompts.model`."""
+    judging_reference: Any = None
+    """A `judge.reference` that is no model of the run."""
 
     @classmethod
     def of(
         cls, config: Config, model_config: Any, machine: Machine, ranks: Ranks = ALONE
     ) -> RunMemory:
-        """Raises UserError where adapters are asked for that cannot be had."""
+        """Raises UserError where adapters are asked for that cannot be had, or another model that
+        has no configuration."""
         dtype = weights_dtype(config, model_config, machine.device)
-        model = None
-        try:
-            model = without_data(model_config, dtype, config.lora)
-        except UserError:
-            raise
-        except Exception:  # a family that looks at numbers as they are made, whatever it raises
-            pass
-        return cls(config, model, machine, ranks)
+        model = _sized(model_config, dtype, config.lora)
+        writer = reference = None
+        if name := config.prompts.model:
+            found = check_folder(name, weights=False)
+            writer = _sized(found, weights_dtype(config, found, machine.device))
+        if name := config.judge.reference_model:
+            reference = _sized(check_folder(name, weights=False), dtype)
+        return cls(config, model, machine, ranks, writer, reference)
 
     def check(self) -> None:
         """Raises UserError where a phase cannot even begin."""
@@ -144,9 +107,23 @@ class RunMemory:
             width = text_config(self.model).hidden_size
             size = rows * width * self.model.dtype.itemsize
             lines.append(f"states of the reference: at most {size / 1e9:.2f} GB on disk")
-        if self.machine.room is not None:
-            lines.append(f"{self.machine.room / 1e9:.2f} GB are free")
+        if scorer := self.config.judge.scorer:
+            lines.append(f"judge.scorer {scorer} is not counted: what it holds is its own")
+        if (room := self.machine.room) is not None:
+            lines.append(f"{room / 1e9:.2f} GB are free")
+            lines += self._too_much(room)
         return lines
+
+    def _too_much(self, room: int) -> list[str]:
+        """What can begin, and still may not fit."""
+        over = [phase for phase in self.phases if phase.least <= room < phase.peak]
+        if not over:
+            return []
+        cures = "lower max_new_tokens"
+        if any(phase.tokens for phase in over):
+            cures += ", max_length or micro_batch_size, or set gradient_checkpointing to true"
+        names = ", ".join(phase.name for phase in over)
+        return [f"too little for {names} if rows are as long as they may be: {cures}"]
 
     @cached_property
     def phases(self) -> list[Phase]:
@@ -154,10 +131,11 @@ class RunMemory:
         if self.model is None:
             return []
         config = self.config
-        found = [self.sampling()]
+        found = [self.writing()] if config.prompts.model else []
+        found.append(self.sampling())
         if config.judge.kind in ("prompted", "expected"):
             found.append(self.judging())
-        if self.is_compared or config.judge.kind == "implicit":
+        if config.judge.kind == "implicit" or self.is_compared:
             found.append(self.scoring())
         if config.method == "srlm" or config.model == "sandbox":
             found.append(self.training("sft"))
@@ -169,27 +147,43 @@ class RunMemory:
 
     @property
     def is_compared(self) -> bool:
-        """Whether another model scores beside the resident one: a judge's reference, that of spa's
-        evaluation, or CREAM's."""
-        config = self.config
-        judged = config.judge.kind == "implicit" and config.judge.reference != "none"
-        return judged or config.method == "spa" or config.pairs.consistency != "off"
+        """Whether an older model scores, whoever judges: in spa's evaluation, or CREAM's."""
+        spa = self.config.method == "spa" and self.config.judge.kind != "implicit"
+        return spa or self.config.pairs.consistency != "off"
+
+    @property
+    def judges_with(self) -> list[Any]:
+        """The model that the judge has beside the resident one: none, or one, which may be unknown.
+        An older one is the same again, or with adapters no other."""
+        judge = self.config.judge
+        if judge.kind != "implicit" or judge.reference == "none":
+            return []
+        return [self.judging_reference] if judge.reference_model else self._twin
+
+    @property
+    def _twin(self) -> list[Any]:
+        return [] if self.config.lora.r else [self.model]
 
     @property
     def prompts(self) -> int:
-        """Of the largest round."""
+        """That are sampled from in a call: those of the largest round, or of a step."""
+        if self.config.online:
+            return self.config.preference.per_device_train_batch_size
         rounds = range(1, max(self.config.rounds, 1) + 1)
         return max(self.config.prompts.of_round(t) for t in rounds)
 
     @property
+    def drawn_at_once(self) -> int:
+        """Candidates of these prompts."""
+        return self.prompts * self.config.sampling.num_candidates
+
+    @property
     def context(self) -> int:
-        context = context_of(self.model.config)
-        return context if context < _LONGEST else _NO_CONTEXT
+        return _context(self.model)
 
     @property
     def weights(self) -> int:
-        size: int = self.model.dtype.itemsize
-        return count_parameters(self.model) * size
+        return _bytes(self.model)
 
     @property
     def reference(self) -> int:
@@ -197,14 +191,27 @@ class RunMemory:
         size: int = self.model.dtype.itemsize
         return count_parameters(self.model, trained=True) * size
 
+    def writing(self) -> Phase:
+        """New prompts by a model of their own, while the resident one has no pages."""
+        found = SamplerMemory(None, None)
+        if self.writer is not None:
+            taken = self.weights + _bytes(self.writer)
+            found = self._sampler(self.writer, [self._lists(self.writer)], taken)
+        held = {"weights": self.weights, "prompts.model": _bytes_of([self.writer])}
+        return self._phase("writing", held, found, "take a smaller prompts.model")
+
     def sampling(self) -> Phase:
         """New prompts, candidates, and those of an evaluation."""
-        return self._sampler("sampling", self._drawn())
+        found = self._sampler(self.model, self._drawn(), self.weights)
+        return self._phase("sampling", {"weights": self.weights}, found)
 
     def judging(self) -> Phase:
         """By a judge prompt for each candidate, in the memory that has the candidates' prompts."""
-        count = self.prompts * self.config.sampling.num_candidates
-        return self._sampler("judging", [*self._drawn(), *self._judged(count)])
+        evaluate = self.config.evaluate
+        evaluated = self._judged(evaluate.num_prompts * evaluate.num_samples)
+        calls = [*self._drawn(), *self._judged(self.drawn_at_once), *evaluated]
+        found = self._sampler(self.model, calls, self.weights)
+        return self._phase("judging", {"weights": self.weights}, found)
 
     def comparing(self) -> Phase:
         """Of two answers to a prompt, those of checkpoints too. Then what the last step trained is
@@ -222,67 +229,80 @@ class RunMemory:
         else:
             calls += self._judged(2 * prompts)
         on_host = chooses and self.machine.device.type == "cpu"
-        return self._sampler("comparing", calls, last_step=self.reference if on_host else 0)
-
-    def _judged(self, count: int) -> list[Call]:
-        """By a prompt for each of so many responses, where the judge has one."""
-        judge = self.config.judge
-        if judge.kind == "expected":
-            return [Call("next", count, self.context)]
-        if judge.kind != "prompted":
-            return []
-        prompt = max(1, self.context - judge.max_new_tokens)
-        return [Call("generate", count, prompt, judge.num_samples, judge.max_new_tokens)]
+        held = {"weights": self.weights} | ({"last step": self.reference} if on_host else {})
+        return self._phase("comparing", held, self._sampler(self.model, calls, self.weights))
 
     def scoring(self) -> Phase:
         """By the implicit reward, of candidates and test pairs: a second model with a sampler of
         its own, or other adapters."""
-        call = self._candidates("score", self.prompts, self.config.sampling.num_candidates)
-        again = replace(call, again=True)
-        return self._sampler("scoring", [*self._drawn(), again], scored=call)
+        others = [*self.judges_with, *(self._twin if self.is_compared else [])]
+        unknown = [other for other in others if other is None]
+        largest = unknown[:1] or sorted(others, key=_bytes)[-1:]
+        held = {"weights": self.weights, "reference": _bytes_of(largest)}
+        cure = ["train adapters (lora.r), whose base is there once"] if self._twin else []
+        pairs = self.config.data.num_test_pairs if self.config.method == "spa" else 0
+        found = self._beside(self._drawn(), largest, max(self.prompts, pairs))
+        return self._phase("scoring", held, found, *(cure if largest == self._twin else []))
 
     def _drawn(self) -> list[Call]:
         evaluate, prompts = self.config.evaluate, self.config.prompts
         calls = [self._candidates("generate", evaluate.num_prompts, evaluate.num_samples)]
-        if prompts.source == "self_instruct":
-            length = prompts.max_new_tokens
-            calls.append(Call("generate", MAX_BATCH, max(1, self.context - length), 1, length))
+        if prompts.source == "self_instruct" and not prompts.model:
+            calls.append(self._lists(self.model))
         rows = self.config.sampling.num_candidates
         return [*calls, self._candidates("generate", self.prompts, rows)]
+
+    def _lists(self, model: Any) -> Call:
+        """Of new prompts, written by `model`."""
+        prompts = self.config.prompts
+        length, calls = prompts.max_new_tokens, prompts.max_calls or MAX_BATCH
+        return Call("generate", min(calls, MAX_BATCH), max(1, _context(model) - length), 1, length)
+
+    def _judged(self, count: int) -> list[Call]:
+        """So many responses by a judge prompt, if the judge has one."""
+        judge = self.config.judge
+        prompt = max(1, self.context - judge.max_new_tokens)
+        calls = {
+            "expected": Call("next", count, self.context),
+            "prompted": Call("generate", count, prompt, judge.num_samples, judge.max_new_tokens),
+        }
+        return [calls[judge.kind]] if judge.kind in calls else []
 
     def _candidates(self, kind: Any, prompts: int, rows: int) -> Call:
         length = self.config.sampling.max_new_tokens
         return Call(kind, prompts, max(1, self.context - length), rows, length)
 
-    def _sampler(
-        self, name: str, calls: Sequence[Call], scored: Call | None = None, last_step: int = 0
+    def _sampler(self, model: Any, calls: Sequence[Call], taken: int) -> SamplerMemory:
+        """Of a sampler of `model` that is made where so many bytes are `taken`."""
+        room = self.machine.room
+        free = None if room is None else max(0, room - taken)
+        return sampler_memory(model, calls, device=self.machine.device, free=free)
+
+    def _beside(self, drawn: Sequence[Call], others: Sequence[Any], prompts: int) -> SamplerMemory:
+        """Candidates are `drawn`, those of `prompts` scored, and then scored by the one of
+        `others`, if any."""
+        call = self._candidates("score", prompts, self.config.sampling.num_candidates)
+        own = self._sampler(self.model, [*drawn, replace(call, again=True)], self.weights)
+        for other in others:
+            if other is None or own.pages is None or own.work is None:
+                return SamplerMemory(None, None)
+            found = self._sampler(other, [call], self.weights + _bytes(other) + own.pages)
+            if found.pages is None or found.work is None:
+                return found
+            peak = own.pages + max(own.work, found.pages + found.work)
+            pages = own.pages + found.pages
+            own = SamplerMemory(pages, max(0, peak - pages))
+        return own
+
+    def _phase(
+        self, name: str, held: Mapping[str, int | None], found: SamplerMemory, *cures: str
     ) -> Phase:
-        """`scored`: what the reference's sampler is asked for, too. `last_step`: bytes that are
-        there besides."""
-        device, room = self.machine.device, self.machine.room
-        adapters = self.reference if self.config.lora.r else 0  # of the round's start
-        # A reference that is no model of the run is taken to be as large as they are.
-        apart = not self.config.lora.r or self.config.judge.reference_model
-        twin = self.weights if scored and self.is_compared and apart else 0
-
-        def memory(calls: Sequence[Call], taken: int) -> tuple[int | None, int | None]:
-            free = None if room is None else max(0, room - taken)
-            found = sampler_memory(self.model, calls, device=device, free=free)
-            return found.pages, found.work
-
-        pages, work = memory(calls, self.weights)
-        if scored and twin and pages is not None:
-            pages += memory([scored], self.weights + twin + pages)[0] or 0
-        parts = {"weights": self.weights, "pages": pages, "work": work}
-        if scored:
-            parts["reference"] = twin
-        if adapters:
-            parts["frozen adapters"] = adapters
-        if last_step:
-            parts["last step"] = last_step
-        cure = self._cure(*(["train adapters (lora.r), whose base is there once"] if twin else []))
-        least = self.weights + twin + adapters + last_step
-        return Phase(name, parts, sum(size or 0 for size in parts.values()), least, 0, cure)
+        """Of a sampler, beside what is `held` all the time."""
+        if self.config.lora.r:
+            held = {**held, "frozen adapters": self.reference}  # of the round's start
+        parts = {**held, "pages": found.pages, "work": found.work}
+        least = _sum(held.values())
+        return Phase(name, parts, _sum(parts.values()), least, 0, self._cure(*cures))
 
     def training(self, name: str) -> Phase:
         train: TrainConfig = getattr(self.config, name)
@@ -309,16 +329,69 @@ class RunMemory:
             shares=self.ranks.world if train.parallel == "shard" else 1,
         )
         names = ("weights", "reference", "optimizer", "gradients", "activations", "head")
-        parts = {part: getattr(found, part) for part in names}
-        cures = []
+        parts: dict[str, int | None] = {part: getattr(found, part) for part in names}
+        peak, least, cures = found.peak, found.least, []
+        if pairs and self.config.online:
+            online = self._online()
+            judge = online["judge's reference"] or 0
+            held = found.weights + found.reference + found.optimizer
+            peak, least = max(peak + judge, held + _sum(online.values())), least + judge
+            parts |= online
         if not self.config.lora.r:
             cures.append("train adapters (lora.r)")
             if self.ranks.world > 1 and train.parallel == "replicate":
                 cures.append(f"set {name}.parallel to shard")
-            if reference and self.config.preference.reference == "previous":
+            if reference and self._may_be_cached:
                 cures.append("set preference.reference_cache, which spares the reference's copy")
-        return Phase(name, parts, found.peak, found.least, items * item, self._cure(*cures))
+        return Phase(name, parts, peak, least, items * item, self._cure(*cures))
+
+    @property
+    def _may_be_cached(self) -> bool:
+        loss = self.config.preference
+        return loss.reference == "previous" and not (loss.sync_ref_model or self.config.online)
+
+    def _online(self) -> dict[str, int | None]:
+        """What a training whose steps draw and judge their own pairs holds for that: the reference
+        of an implicit judge all the time, the rest between two steps."""
+        drawn = [self._candidates("generate", self.prompts, self.config.sampling.num_candidates)]
+        if self.config.judge.kind == "implicit":
+            found = self._beside(drawn, self.judges_with, self.prompts)
+        else:
+            calls = [*drawn, *self._judged(self.drawn_at_once)]
+            found = self._sampler(self.model, calls, self.weights)
+        judge = _bytes_of(self.judges_with)
+        return {"judge's reference": judge, "pages": found.pages, "work": found.work}
 
     def _cure(self, *more: str) -> str:
         halved = [] if self.model.dtype.itemsize < 4 else ["set dtype to bfloat16"]
         return ", or ".join(["take a smaller model or a larger device", *halved, *more])
+
+
+def _sized(model_config: Any, dtype: torch.dtype, lora: LoraConfig | None = None) -> Any:
+    """The model without data; None for a family that looks at numbers as they are made."""
+    try:
+        return without_data(model_config, dtype, lora)
+    except UserError:
+        raise
+    except Exception:  # whatever it raises then
+        return None
+
+
+def _context(model: Any) -> int:
+    context = context_of(model.config)
+    return context if context < _LONGEST else _NO_CONTEXT
+
+
+def _bytes(model: Any) -> int:
+    size: int = model.dtype.itemsize
+    return count_parameters(model) * size
+
+
+def _bytes_of(models: Sequence[Any]) -> int | None:
+    """Of all of them; None where one is unknown."""
+    return None if None in models else sum(map(_bytes, models))
+
+
+def _sum(sizes: Iterable[int | None]) -> int:
+    """Of those that are known."""
+    return sum(size or 0 for size in sizes)

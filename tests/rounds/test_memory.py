@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,9 +11,11 @@ from transformers import LlamaConfig, MixtralConfig
 
 from srlm_fast.config import (
     Config,
+    DataConfig,
     EvaluateConfig,
     JudgeConfig,
     LoraConfig,
+    PairsConfig,
     PairwiseConfig,
     PreferenceConfig,
     PromptsConfig,
@@ -20,15 +23,10 @@ from srlm_fast.config import (
     TrainConfig,
 )
 from srlm_fast.errors import UserError
+from srlm_fast.model.sizes import count_parameters, without_data
 from srlm_fast.parallel import ALONE, Ranks
-from srlm_fast.rounds.memory import (
-    Machine,
-    Phase,
-    RunMemory,
-    machine_here,
-    planned_machine,
-    weights_dtype,
-)
+from srlm_fast.rounds.machine import Machine, machine_here, planned_machine, weights_dtype
+from srlm_fast.rounds.memory import Phase, RunMemory
 
 CPU = torch.device("cpu")
 SHAPE: dict[str, Any] = {
@@ -67,7 +65,9 @@ def test_lines_of_a_dry_run() -> None:
     assert re.search(r"sft: at most \d+\.\d+ GB in forwards of 4,096 tokens \(weights", text)
     assert re.search(r"preference: at most \d.* of 5,696 tokens .*reference 0\.00", text)
     assert "states of the reference: at most 0.03 GB on disk" in text
-    assert "3.00 GB are free" in text
+    assert "3.00 GB are free" in text and "too little" not in text
+    less = "\n".join(memory(config(), room=10**9).lines())
+    assert "1.00 GB are free\ntoo little for judging if rows are as long as they may" in less
 
 
 def test_phases_are_those_of_the_method_and_its_judge() -> None:
@@ -146,6 +146,105 @@ def test_scoring_has_a_second_model_and_a_sampler_of_its_own() -> None:
     lora = phase("scoring", run).parts
     assert not lora["reference"] and lora["pages"] == phase("sampling", run).parts["pages"]
     assert 0 < (lora["frozen adapters"] or 0) < 4 * COUNT // 4
+
+
+def save_shape(folder: Path, **changes: Any) -> tuple[str, int]:
+    """A folder with a configuration alone, and the bytes of its model's weights in fp32."""
+    shape = LlamaConfig(**(SHAPE | changes))
+    shape.save_pretrained(folder)
+    return str(folder), 4 * count_parameters(without_data(shape, torch.float32))
+
+
+def test_a_model_that_writes_prompts_is_beside_the_resident_one_while_it_writes(
+    tmp_path: Path,
+) -> None:
+    name, size = save_shape(tmp_path, hidden_size=128, max_position_embeddings=1024)
+    run = replace(config(), prompts=PromptsConfig(model=name))
+    writing = phase("writing", run)
+    assert memory(run).phases[0] == writing and writing.parts["prompts.model"] == size
+    assert writing.parts["weights"] == 4 * COUNT and writing.least == 4 * COUNT + size
+    with pytest.raises(UserError, match="does not exist"):
+        memory(replace(run, prompts=PromptsConfig(model="no/such/folder")))
+
+
+def test_the_resident_model_writes_no_lists_where_another_does(tmp_path: Path) -> None:
+    """Which here are all that takes more than its few candidates."""
+    own = replace(
+        config(),
+        sampling=SamplingConfig(max_new_tokens=2, num_candidates=2),
+        prompts=PromptsConfig(num_prompts=2, max_new_tokens=200),
+        evaluate=EvaluateConfig(num_prompts=2),
+    )
+    other = replace(own, prompts=replace(own.prompts, model=save_shape(tmp_path)[0]))
+    sampling, writing = phase("sampling", other), phase("writing", other)
+    assert sampling.peak < phase("sampling", own).peak / 4
+    # 256 calls, of a prompt's page and the four on which 199 tokens lie behind it.
+    assert writing.parts["pages"] == 256 * 5 * 64 * 2 * 2 * 64 * 4
+    few = replace(other, prompts=replace(other.prompts, max_calls=4))
+    assert phase("writing", few).peak < writing.peak / 4
+
+
+def test_a_judging_reference_of_its_own_is_as_large_as_it_is(tmp_path: Path) -> None:
+    name, size = save_shape(tmp_path, num_hidden_layers=5)
+    implicit = replace(config(), method="spa", judge=JudgeConfig(kind="implicit"))
+    run = replace(implicit, judge=JudgeConfig(kind="implicit", reference=name))
+    assert phase("scoring", run).parts["reference"] == size
+    assert phase("scoring", run).least == 4 * COUNT + size
+    none = replace(implicit, judge=JudgeConfig(kind="implicit", reference="none"))
+    assert phase("scoring", none).parts["reference"] == 0
+    cream = replace(run, method="srlm", pairs=PairsConfig(consistency="avg"))
+    assert phase("scoring", cream).parts["reference"] == max(size, 4 * COUNT)
+    pytest.importorskip("peft", reason="peft is not installed (extra [peft])")
+    lora = replace(run, lora=LoraConfig(r=4))
+    assert phase("scoring", lora).parts["reference"] == size
+
+
+def test_an_online_training_has_the_judges_reference_all_the_time(tmp_path: Path) -> None:
+    """And between its steps the pages of a step's prompts beside the optimiser's moments."""
+    one = config(per_device_train_batch_size=1)
+    data = DataConfig(num_test_pairs=1)
+    loss = replace(one, method="spa", judge=JudgeConfig(kind="implicit"), data=data)
+    spa = replace(loss.spa, self_refinement=False)
+    offline, online = replace(loss, spa=spa), replace(loss, spa=spa, online=True)
+    before, now = phase("preference", offline), phase("preference", online)
+    assert now.parts["judge's reference"] == 4 * COUNT
+    assert (now.least, now.peak) == (before.least + 4 * COUNT, before.peak + 4 * COUNT)
+    assert phase("scoring", online).peak < phase("scoring", offline).peak
+    no_cache = r"preference takes .* to bfloat16, or train adapters \(lora\.r\)$"
+    with pytest.raises(UserError, match=no_cache):
+        memory(online, room=now.least - 1).check()
+    judged = replace(online, judge=JudgeConfig(max_new_tokens=9))
+    assert phase("preference", judged).parts["judge's reference"] == 0
+    # Judge prompts of the whole context, of many candidates: more than a step of one pair takes.
+    many = replace(judged, sampling=replace(judged.sampling, num_candidates=64))
+    parts = {name: size or 0 for name, size in phase("preference", many).parts.items()}
+    held = ("weights", "reference", "optimizer", "pages", "work")
+    assert phase("preference", many).peak == sum(parts[name] for name in held)
+
+
+def test_other_models_that_cannot_be_sized_are_unknown_and_nothing_worse(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(shape: Any, *rest: Any) -> Any:
+        if shape.num_hidden_layers == 5:
+            raise RuntimeError("Tensor.item() cannot be called on meta tensors")
+        return without_data(shape, *rest)
+
+    monkeypatch.setattr("srlm_fast.rounds.memory.without_data", fails)
+    name, _ = save_shape(tmp_path, num_hidden_layers=5)
+    judge = JudgeConfig(kind="implicit", reference=name)
+    run = replace(config(), judge=judge, prompts=PromptsConfig(model=name), online=True)
+    memory(run, room=10**9).check()
+    text = "\n".join(memory(run).lines())
+    assert "writing: at least" in text and "prompts.model unknown" in text
+    assert "scoring: at least" in text and "reference unknown" in text
+    assert "preference: at least" in text and "judge's reference unknown" in text
+
+
+def test_what_a_function_that_judges_holds_is_said_to_be_unknown() -> None:
+    judge = JudgeConfig(kind="scorer", scorer="module:function")
+    text = "\n".join(memory(replace(config(), judge=judge)).lines())
+    assert "judge.scorer module:function is not counted" in text
 
 
 def test_pages_of_a_gpu_are_a_share_of_what_the_weights_leave() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,19 @@ def test_adapters_can_have_a_base_model_as_reference(
     pytest.importorskip("peft", reason="peft is not installed (extra [peft])")
     assert main([*argv, "--judge.reference", str(made / "M0"), "--lora.r", "2"]) == 0
     assert (tmp_path / "run" / "models" / "SPA1" / "adapter_model.safetensors").is_file()
+
+
+def test_a_reference_of_which_there_is_a_configuration_alone_can_be_planned_with(
+    argv: list[str], made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = json.loads((made / "M0" / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(found | {"intermediate_size": 1 << 20}))
+    words = [*argv, "--judge.reference", str(tmp_path)]
+    assert main([*words, "--dry-run", "--memory", "100"]) == 0
+    size = re.search(r"scoring: .*reference (\d+\.\d+)", capsys.readouterr().out)
+    assert size and float(size[1]) > 1, "its own, not that of the model"
+    assert main(words) == 2
+    assert "copy the tokenizer files" in capsys.readouterr().err
 
 
 def test_references_that_cannot_serve(

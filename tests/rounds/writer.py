@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ CHAT = (
 )
 SPECIAL = ["<pad>", "<unk>", "<|user|>", "<|assistant|>", "<|end|>"]
 WORDS = [*ITEMS[:16], "task", ":", ";"]
+ASKED = [f"sort these words : {i}" for i in range(20)]
 # Of a run that takes its prompts from it.
 WRITES = {
     "--prompts.source": "self_instruct",
@@ -44,8 +46,8 @@ SMALL = {
 }
 
 
-def save_writer(folder: Path, chat: str | None = CHAT) -> str:
-    """A tiny Llama whose vocabulary is `WORDS`, with random weights."""
+def save_writer(folder: Path, chat: str | None = CHAT, **shape: Any) -> str:
+    """A Llama whose vocabulary is `WORDS`, with random weights; tiny, but for `shape`."""
     vocab = {word: i for i, word in enumerate(SPECIAL + WORDS)}
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -54,11 +56,13 @@ def save_writer(folder: Path, chat: str | None = CHAT) -> str:
         tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<pad>", unk_token="<unk>"
     )
     wrapped.chat_template = chat
+    tiny: dict[str, Any] = {
+        "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1,
+        "num_attention_heads": 2, "max_position_embeddings": 256, "initializer_range": 0.2,
+    }  # fmt: skip
     config = LlamaConfig(
-        vocab_size=len(vocab), hidden_size=16, intermediate_size=32, num_hidden_layers=1,
-        num_attention_heads=2, max_position_embeddings=256, eos_token_id=vocab["<|end|>"],
-        initializer_range=0.2,
-    )  # fmt: skip
+        vocab_size=len(vocab), eos_token_id=vocab["<|end|>"], bos_token_id=None, **(tiny | shape)
+    )
     with torch.random.fork_rng():
         torch.default_generator.manual_seed(0)
         LlamaForCausalLM(config).save_pretrained(folder)
@@ -66,15 +70,15 @@ def save_writer(folder: Path, chat: str | None = CHAT) -> str:
     return str(folder)
 
 
-def save_trees(path: Path) -> str:
+def save_trees(path: Path, prompts: Sequence[str] = ASKED) -> str:
     """Message trees with three ranked replies each."""
 
     def tree(i: int) -> dict[str, Any]:
         reply = {"role": "assistant", "lang": "en", "replies": []}
         texts = [f"fig {i % 5} tea", "tea", "fig"]
         replies = [{**reply, "text": t, "rank": r} for r, t in enumerate(texts)]
-        prompt = {"role": "prompter", "lang": "en", "text": f"sort these words : {i}"}
+        prompt = {"role": "prompter", "lang": "en", "text": prompts[i]}
         return {"message_tree_id": str(i), "prompt": {**prompt, "replies": replies}}
 
-    path.write_text("".join(json.dumps(tree(i)) + "\n" for i in range(20)))
+    path.write_text("".join(json.dumps(tree(i)) + "\n" for i in range(len(prompts))))
     return str(path)

@@ -13,7 +13,8 @@ from srlm_fast.config import Config
 from srlm_fast.loop import main
 from srlm_fast.parallel import Ranks
 from srlm_fast.recipes import load_config, recipe_names
-from srlm_fast.rounds.memory import Machine, RunMemory
+from srlm_fast.rounds.machine import Machine
+from srlm_fast.rounds.memory import RunMemory
 
 # What the models' own config.json say, as far as it has a size.
 LLAMA: dict[str, Any] = {
@@ -43,7 +44,7 @@ QWEN_1_5B = {
 }  # fmt: skip
 # The model, millions of parameters as published, processes, GB of each one's GPU.
 RECIPES: dict[str, tuple[dict[str, Any], str, int, int]] = {
-    "srlm-llama2-70b": (LLAMA_2_70B, "68,976.6", 16, 192),
+    "srlm-llama2-70b": (LLAMA_2_70B, "68,976.6", 16, 288),
     "spa-zephyr-7b": (ZEPHYR_7B, "7,241.7", 4, 48),
     "spa-phi2": (PHI_2, "2,779.7", 4, 48),
     "spa-llama3-8b": (LLAMA_3_8B, "8,030.3", 8, 48),
@@ -91,35 +92,42 @@ def test_dry_run_of_the_configuration_alone(
         pytest.importorskip("peft", reason="peft is not installed (extra [peft])")
     (tmp_path / "config.json").write_text(json.dumps(shape))
     words = ["--recipe", name, "--model", str(tmp_path), *data[name.partition("-")[0]]]
+    writes = name == "srlm-llama2-70b"
+    words += ["--prompts.model", str(tmp_path)] if writes else []  # of the same shape
     if world == 1:
         words += ["--device", "cuda", "--memory", str(gigabytes)]
     assert main([*words, "--dry-run", "--out", str(tmp_path / "run")]) == 0
     said = capsys.readouterr().out
     assert f"{millions}M parameters in bfloat16" in said and "no weights in" in said
     peaks = [float(peak) for peak in re.findall(r": at most (\d+\.\d+) GB", said)]
-    assert len(peaks) == (3 if name.startswith("spa") else 4) and "unknown" not in said
+    assert len(peaks) == (3 if name.startswith("spa") else 4) + writes and "unknown" not in said
     assert min(peaks) > 2e-3 * float(millions.replace(",", "")), "bf16 weights alone"
     assert max(peaks) < gigabytes or world > 1
 
 
-@pytest.mark.parametrize("name", SEVERAL)
-def test_a_process_of_several_fits_its_gpu(name: str) -> None:
-    shape, _, world, gigabytes = RECIPES[name]
+def fits(name: str, world: int, gigabytes: int, **changes: str) -> bool:
+    """Whether a process of so many, on a GPU of so many gigabytes, holds every phase."""
     machine = Machine(torch.device("cuda"), gigabytes * 10**9)
-    config, model = load_config(name, {"model": "m"}), AutoConfig.for_model(**shape)
-    memory = RunMemory.of(config, model, machine, Ranks(0, world))
-    memory.check()
-    assert max(phase.peak for phase in memory.phases) < gigabytes * 10**9
+    config, model = load_config(name, {"model": "m", **changes}), RECIPES[name][0]
+    memory = RunMemory.of(config, AutoConfig.for_model(**model), machine, Ranks(0, world))
+    return max(phase.peak for phase in memory.phases) < gigabytes * 10**9
+
+
+@pytest.mark.parametrize("name", SEVERAL)
+def test_a_process_of_several_fits_its_gpu(name: str, tmp_path: Path) -> None:
+    shape, _, world, gigabytes = RECIPES[name]
+    (tmp_path / "config.json").write_text(json.dumps(shape))
+    writer = {"prompts.model": str(tmp_path)} if load_config(name).prompts.model else {}
+    assert fits(name, world, gigabytes, **writer)
+    if writer:  # as the recipe says
+        assert not fits(name, world, 192, **writer) and not fits(name, 64, 80, **writer)
+        assert fits(name, world, 192, **{"prompts.model": ""})
 
 
 def test_llama3_does_not_fit_where_zephyr_does() -> None:
     """As the recipe says."""
-    config = load_config("spa-llama3-8b", {"model": "m"})
-    model = AutoConfig.for_model(**LLAMA_3_8B)
-    for world, size, fits in ((4, 48, False), (4, 80, True)):
-        machine = Machine(torch.device("cuda"), size * 10**9)
-        memory = RunMemory.of(config, model, machine, Ranks(0, world))
-        assert (memory.phases[-1].peak < size * 10**9) == fits
+    assert not fits("spa-llama3-8b", 4, 48)
+    assert fits("spa-llama3-8b", 4, 80)
 
 
 def value(config: Config, path: str) -> Any:
@@ -133,7 +141,10 @@ SRLM = {
     "rounds": 2, "preference.beta": 0.1, "sampling.num_candidates": 4, "sampling.temperature": 0.7,
     "sampling.top_p": 0.9, "judge.prompt": "additive", "prompts.num_seed_demos": 6,
     "prompts.num_generated_demos": 2, "prompts.temperature": 0.6, "prompts.top_p": 0.9,
-    "prompts.rouge_l": 0.7, "sft.per_device_train_batch_size": 16, "sft.min_lr_ratio": 1.1 / 5.5,
+    "prompts.rouge_l": 0.7, "prompts.min_words": 4, "prompts.max_words": 150,
+    "prompts.max_tasks": 7, "prompts.keep_truncated": False, "data.num_test_prompts": 256,
+    "eft.max_tries": 1, "judge.num_samples": 3, "evaluate.num_prompts": 256,
+    "sft.per_device_train_batch_size": 16, "sft.min_lr_ratio": 1.1 / 5.5,
     "preference.per_device_train_batch_size": 16, "preference.min_lr_ratio": 0.1,
 }  # fmt: skip
 SPA = {
@@ -143,7 +154,10 @@ SPA = {
     "preference.per_device_train_batch_size": 32, "preference.max_length": 2048,
     "sampling.num_candidates": 2, "sampling.temperature": 0.7, "sampling.top_p": 1.0,
     "sampling.max_new_tokens": 300, "data.num_gold": 2000, "data.shuffle_seed": 42,
-    "prompts.num_prompts_by_round": (8000, 20000, 30000),
+    "prompts.num_prompts_by_round": (8000, 20000, 30000), "data.slices": "rows",
+    "spa.decoupled": True, "preference.min_lr_ratio": 0.0, "dtype": "bfloat16",
+    "preference.reference": "previous", "judge.reference": "sft", "seed": 42,
+    "preference.lr_scheduler_type": "cosine", "sampling.keep_truncated": True,
 }  # fmt: skip
 
 
@@ -153,7 +167,8 @@ def test_numbers_are_the_papers(name: str) -> None:
     expected: dict[str, Any] = SPA if name.startswith("spa") else SRLM
     if name == "srlm-llama2-70b":
         expected = expected | {"sft.learning_rate": 5.5e-6, "preference.learning_rate": 1e-6}
-        expected |= {"judge.num_samples": 3, "judge.temperature": 0.7, "judge.top_p": 0.9}
+        expected |= {"judge.temperature": 0.7, "judge.top_p": 0.9}
+        expected |= {"prompts.model": "meta-llama/Llama-2-70b-chat-hf", "judge.kind": "prompted"}
     elif not config.lora.r:
         expected = expected | {"preference.learning_rate": 5e-7, "lora.r": 0}
     for path, number in expected.items():

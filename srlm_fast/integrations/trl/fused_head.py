@@ -64,9 +64,6 @@ def fused_output(
     With `packed`, the tokens of `input_ids` and `labels` packed, a shared prompt runs once.
     """
     kwargs["use_cache"] = False
-    # A model that is split over devices has its labels with its first layer.
-    place = model.get_output_embeddings().weight.device
-    labels, shift_labels = (None if x is None else x.to(place) for x in (labels, shift_labels))
     # The decoder is looked up on each call: FSDP and PEFT replace modules after patching.
     if getattr(model.config.get_text_config(), "output_router_logits", False):
         kwargs.setdefault("output_router_logits", True)
@@ -78,6 +75,9 @@ def fused_output(
     else:
         backbone = decoder(model)(*args, **kwargs)
         hidden, target = _predicting(backbone.last_hidden_state, labels, shift_labels)
+    # A model that is split over devices has its labels with its first layer. Not asked before the
+    # decoder has run: weights that FSDP keeps on the CPU come with it.
+    target = target.to(model.get_output_embeddings().weight.device)
     shape, mask = target.shape, target != -100
     logp = _logp(model, options, hidden, target, packed)
     fields = {name: getattr(logp, ours) for name, ours in OUTPUTS.items()}

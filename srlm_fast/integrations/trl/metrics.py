@@ -26,7 +26,8 @@ RATIOS = {
 
 
 # What TRL sums by tokens; the others are of pairs.
-BY_TOKEN = {name for both in list(RATIOS.values())[:4] for name in both} | {"padded tokens"}
+BY_TOKEN = {name for both in RATIOS.values() if "pairs" not in both for name in both}
+BY_TOKEN |= {"padded tokens"}
 
 
 class PairMetrics:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from benchmarks.fidelity import paper
 from benchmarks.fidelity.claims import BySeed, Finding, entry, findings
@@ -48,7 +49,7 @@ def render(rows: list[Row], extra: Mapping[str, str]) -> str:
         "## Does the sandbox agree?", *_agreement(found),
         "## Self-Rewarding Language Models", _srlm(groups), _duels(groups["srlm"]), SRLM_NOTE,
         "## Spread Preference Annotation",
-        "### Ablation", _spa(groups, paper.ABLATION),
+        "### Ablation", _spa(groups, paper.ABLATION), *_same_flags(groups),
         "### Who judges", _spa(groups, paper.JUDGES),
         "### Size of the seed", _spa(groups, paper.SEEDS), SPA_NOTE,
         "## Every ordering", _orderings(found),
@@ -141,6 +142,25 @@ def _spa(groups: ByVariant, lines: Sequence[paper.Line]) -> str:
         ])  # fmt: skip
     head = ["", "seeds", "score", "greedy", "gain", "labels", "length", "pairs", "*paper*"]
     return _table(head, body)
+
+
+def _same_flags(groups: ByVariant) -> list[str]:
+    """That extrapolation changed little, where it did."""
+    plain = {row["seed"]: _flags(row) for row in groups["spa/refinement"]}
+    both = [row for row in groups["spa"] if row["seed"] in plain]
+    same = sum(_flags(row) == plain[row["seed"]] != [] for row in both)
+    if not same:
+        return []
+    return [
+        "With extrapolated logits as many labels are flagged, and as many of them are wrong, as"
+        f" with the policy's own on {same} of {len(both)} seeds: after so few steps an extrapolated"
+        " margin is nearly 1 + lambda times the policy's, and the pairs with the least are the"
+        " same."
+    ]
+
+
+def _flags(row: Row) -> list[Any]:
+    return [flags for model in row["models"] if (flags := model.get("flags"))]
 
 
 def _gain(row: Row, name: str) -> float | None:

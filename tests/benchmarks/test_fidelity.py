@@ -156,6 +156,16 @@ def test_the_page_says_where_the_sandbox_agrees(rows: list[Row]) -> None:
     assert "abc" in text and "torch 2" in text
 
 
+def test_the_page_says_where_extrapolation_changed_no_flag(rows: list[Row]) -> None:
+    assert "With extrapolated logits" not in render(rows, {})
+    for row in rows:
+        if row["variant"] in ("spa", "spa/refinement"):
+            wrong = row["variant"] == "spa" and row["seed"] == 1
+            row["models"][-1]["flags"] = {"flagged": 8.0, "precision": 0.25 if wrong else 0.5}
+    assert "With extrapolated logits" in render(rows, {})
+    assert "with the policy's own on 2 of 3 seeds" in render(rows, {})
+
+
 def test_every_table_of_the_page_is_whole(rows: list[Row]) -> None:
     for block in render(rows, {}).split("\n\n"):
         if block.startswith("|"):

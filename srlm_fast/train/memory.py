@@ -178,13 +178,13 @@ def _sized_attention(
     s_aux: Tensor | None = None,
     **__: Any,
 ) -> tuple[Tensor, None]:
-    """A log-sum-exp, or where `prefix_attention` takes its reference on the CPU, scores: under the
+    """A log-sum-exp, or where `prefix_attention` takes its reference on this CPU, scores: under the
     softmax, and under the cap."""
     keys = _keys.get()
     cut = sliding_window is not None and sliding_window < keys
     special = cut or softcap is not None or s_aux is not None or key.shape[3] != value.shape[3]
     dense = special and cpp_refusal(torch.empty(0, dtype=query.dtype)) is not None
-    numbers = 1 + keys * (dense + (softcap is not None))
+    numbers = 1 + keys * dense * (1 + (softcap is not None))
     return _Sized.apply(query, key, value, numbers), None  # type: ignore[no-untyped-call]
 
 

@@ -30,7 +30,7 @@ CASES: dict[str, dict[str, Any]] = {
         "pairs": [4, 256, 256],
         "train": {"gradient_checkpointing": True},
     },
-    # Its softcap takes attention that keeps scores.
+    # Its softcap takes attention that keeps scores, where there is none in C++.
     "gemma2": {"model": LLAMA | {"model_type": "gemma2", "head_dim": 64}},
 }
 

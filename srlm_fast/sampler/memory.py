@@ -19,7 +19,7 @@ from srlm_fast.model.probe import LayerShape, moving_rope
 from srlm_fast.model.sizes import PeakBytes
 from srlm_fast.sampler.batching import max_rows, pages_of, pages_within
 from srlm_fast.sampler.pool import KVMemory
-from srlm_fast.sampler.prefill import PASS_TOKENS
+from srlm_fast.sampler.prefill import PASS_TOKENS, pass_tokens
 from srlm_fast.sampler.rows import own_pages
 from srlm_fast.sampler.scheduler import LOOKAHEAD
 
@@ -85,7 +85,7 @@ def sampler_memory(
         # On a CPU there is memory behind a page once it is written: first prompts are.
         first = call.kind == "generate" and rows == call.prompts * call.rows
         filled = max(before, kept) if first and device.type == "cpu" else pool
-        known = filled * size + forward(_tokens_at_once(call, rows))
+        known = filled * size + forward(_tokens_at_once(call, rows, device))
         peak = max(peak, known, pool * size + _logits(model, call, rows))
     return SamplerMemory(pool * size, peak - pool * size)
 
@@ -117,7 +117,7 @@ def _pages(call: Call, most: int, device: torch.device) -> int:
 
 
 def _scored_at_once(call: Call) -> int:
-    """Responses of a batch, which ends with the one that fills a pass."""
+    """Responses of a batch, which ends with the one that fills it."""
     return int(-(-PASS_TOKENS // (call.response_tokens + call.prompt_tokens / call.rows)))
 
 
@@ -130,13 +130,13 @@ def _rows_at_once(call: Call, most: int, pages: int) -> int:
     return max(1, min(call.prompts * call.rows, most))
 
 
-def _tokens_at_once(call: Call, rows: int) -> int:
+def _tokens_at_once(call: Call, rows: int, device: torch.device) -> int:
     """Of the largest pass."""
     if call.kind == "score":
         tokens = call.prompts * (call.prompt_tokens + call.rows * (call.response_tokens - 1))
     else:
         tokens = -(-rows // call.rows) * call.prompt_tokens
-    return min(tokens, PASS_TOKENS)
+    return min(tokens, pass_tokens(device))
 
 
 def _forward(model: Any, device: torch.device, tokens: int) -> int:

@@ -16,6 +16,7 @@ from srlm_fast.sampler.runner import Runner
 from srlm_kernels.tree_attention import PAGE
 
 PASS_TOKENS = 8192
+CPU_PASS_TOKENS = 2048  # the activations of more would leave its caches between two operations
 _MOST_PARTIALS = 4  # for each token of a full pass: each is a float32 vector for every head
 
 
@@ -81,7 +82,7 @@ def own_stretch(
 def run(runner: Runner, stretches: Sequence[Stretch]) -> Iterator[tuple[Tensor, list[Span]]]:
     """Computes `stretches` in their order; yields the hidden states [T, D] of each pass and what
     its rows are."""
-    for spans in _passes(stretches):
+    for spans in _passes(stretches, pass_tokens(runner.device)):
         builder = PlanBuilder(runner.group)
         for stretch, first, count, row in spans:
             builder.prefill(stretch.runs, stretch.start + first, row, count)
@@ -91,13 +92,18 @@ def run(runner: Runner, stretches: Sequence[Stretch]) -> Iterator[tuple[Tensor, 
         yield runner.forward(ids, position, slot, plan), spans
 
 
-def _passes(stretches: Sequence[Stretch]) -> Iterator[list[Span]]:
+def pass_tokens(device: torch.device) -> int:
+    """The most tokens that one forward pass computes."""
+    return CPU_PASS_TOKENS if device.type == "cpu" else PASS_TOKENS
+
+
+def _passes(stretches: Sequence[Stretch], tokens: int) -> Iterator[list[Span]]:
     spans: list[Span] = []
     size = partials = 0
     for stretch in stretches:
         first, runs = 0, len(stretch.runs)
         while first < len(stretch.tokens):
-            room = min(PASS_TOKENS - size, (_MOST_PARTIALS * PASS_TOKENS - partials) // runs)
+            room = min(tokens - size, (_MOST_PARTIALS * tokens - partials) // runs)
             if room <= 0 and spans:
                 yield spans
                 spans, size, partials = [], 0, 0

@@ -77,7 +77,7 @@ def next_logprobs(engine: PagedEngine, prompts: Sequence[Ids], token_ids: Ids) -
 
 
 def _batches(engine: PagedEngine, prompts: Sequence[Ids], completions: Groups) -> Iterator[_Batch]:
-    """Batches of about a pass, or of what there are pages for."""
+    """Batches of about PASS_TOKENS, or of what there are pages for."""
     batch = _Batch()
     for p, (prompt, group) in enumerate(zip(prompts, completions, strict=True)):
         todo = [c for c, completion in enumerate(group) if len(completion)]
@@ -94,7 +94,7 @@ def _batches(engine: PagedEngine, prompts: Sequence[Ids], completions: Groups) -
 def _add(
     engine: PagedEngine, batch: _Batch, p: int, prompt: Ids, group: Sequence[tuple[int, Ids]]
 ) -> int:
-    """Adds completions of a prompt while there are pages and room in a pass; says how many."""
+    """Adds completions of a prompt while there are pages and room; says how many."""
     try:
         path = engine.forest.take(prompt)
     except OutOfPages:

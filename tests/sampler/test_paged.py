@@ -223,7 +223,7 @@ def test_passes_are_cut_anywhere(
     expected = tokens(make().generate(prompts, params))
     completions = [[[5, 6, 7] * 20, [8, 9]] for _ in prompts]
     whole = make().score(prompts, completions)
-    monkeypatch.setattr("srlm_fast.sampler.prefill.PASS_TOKENS", 37)
+    monkeypatch.setattr("srlm_fast.sampler.prefill.CPU_PASS_TOKENS", 37)
     assert tokens(make().generate(prompts, params)) == expected
     for some, others in zip(make().score(prompts, completions), whole, strict=True):
         for a, b in zip(some, others, strict=True):

@@ -50,6 +50,7 @@ def test_scores_equal_a_plain_forward(
 ) -> None:
     for module in (scoring, prefill):
         monkeypatch.setattr(module, "PASS_TOKENS", 40)  # several batches and passes
+    monkeypatch.setattr(prefill, "CPU_PASS_TOKENS", 40)
     monkeypatch.setattr(scoring, "max_rows", lambda _vocab: 5)  # several calls of the head
     model = make_model(family, **options)
     scores = Sampler(model).score(prompts, completions)

@@ -19,6 +19,7 @@ from srlm_fast.model.load import check_folder, context_of, text_config
 from srlm_fast.model.sizes import count_parameters, without_data
 from srlm_fast.parallel import ALONE, Ranks
 from srlm_fast.prompts.self_instruct import MAX_BATCH
+from srlm_fast.rounds.disk import cached_rows
 from srlm_fast.rounds.machine import Machine, weights_dtype
 from srlm_fast.sampler.memory import Call, SamplerMemory, sampler_memory
 from srlm_fast.train.memory import train_memory
@@ -103,9 +104,8 @@ class RunMemory:
             lines.append(f"adapters of {trained / 1e6:,.1f}M parameters, which alone train")
         lines += map(str, self.phases)
         if self.config.preference.reference_cache == "states":
-            rows = 2 * self.prompts * self.config.sampling.max_new_tokens
-            width = text_config(self.model).hidden_size
-            size = rows * width * self.model.dtype.itemsize
+            rows = cached_rows(self.config, self.prompts, self.context)
+            size = rows * text_config(self.model).hidden_size * self.model.dtype.itemsize
             lines.append(f"states of the reference: at most {size / 1e9:.2f} GB on disk")
         if scorer := self.config.judge.scorer:
             lines.append(f"judge.scorer {scorer} is not counted: what it holds is its own")
@@ -309,11 +309,13 @@ class RunMemory:
         pairs = isinstance(train, PreferenceConfig)
         longest = min(train.max_length or self.context, self.context)
         response = min(self.config.sampling.max_new_tokens, longest)
-        item = longest + response if pairs else longest
+        padded = train.layout == "padded"  # a pair's prompt twice; where "auto" pads is not known
+        item = longest + (longest if padded else response) * pairs
         step = -(-train.per_device_train_batch_size // self.ranks.world)
         items = min(train.micro_batch_size or step, step)
-        if train.micro_batch_tokens:
-            items = max(1, min(items, train.micro_batch_tokens // item))
+        tokens = items * item
+        if train.micro_batch_tokens:  # of one item, or of many short ones
+            tokens = max(item, min(tokens, train.micro_batch_tokens))
         reference = isinstance(train, PreferenceConfig) and (
             train.reference_cache == "none" or train.reference != "previous"
         )
@@ -321,10 +323,10 @@ class RunMemory:
             self.model,
             train,
             device=self.machine.device,
-            tokens=items * item,
-            rows=items * (2 * response if pairs else longest),
-            longest=item,
-            forwards=-(-step // items),
+            tokens=tokens,
+            rows=min(tokens, items * (2 * response if pairs else longest)),
+            longest=longest if padded else item,
+            forwards=-(-step * item // tokens),
             reference=reference,
             shares=self.ranks.world if train.parallel == "shard" else 1,
         )
@@ -343,7 +345,7 @@ class RunMemory:
                 cures.append(f"set {name}.parallel to shard")
             if reference and self._may_be_cached:
                 cures.append("set preference.reference_cache, which spares the reference's copy")
-        return Phase(name, parts, peak, least, items * item, self._cure(*cures))
+        return Phase(name, parts, peak, least, tokens, self._cure(*cures))
 
     @property
     def _may_be_cached(self) -> bool:

@@ -9,6 +9,7 @@ from srlm_fast.data.task import Task
 from srlm_fast.errors import UserError
 from srlm_fast.installed import OPS, SAMPLER_OPS, require, sampler_backend
 from srlm_fast.model.liger import check_liger
+from srlm_fast.rounds.disk import pairs_of
 from srlm_fast.rounds.memory import RunMemory
 from srlm_kernels import explain
 
@@ -55,10 +56,11 @@ def _stages(config: Config, task: Task) -> list[tuple[str, str]]:
         count = task.round_sizes[t - 1] if task.round_sizes else cfg.of_round(t)
         if cfg.source == "dataset":
             count = min(count, len(task.prompts))
+        pairs = pairs_of(config, count, n)
         if config.online:  # which samples anew in every epoch
             n *= config.preference.num_train_epochs
         tokens = count * n * config.sampling.max_new_tokens
-        pairs = round(count / (1 - config.pairs.gold_replay))
+        pairs = round(pairs / (1 - config.pairs.gold_replay))
         learned = "preference", f"at most {pairs} pairs, {loss}{chosen}"
         if config.srlm.training == "positives":
             learned = "SFT", f"of the base model, at most {count * n} rows more by each round"

@@ -353,3 +353,30 @@ def test_a_device_that_is_not_here_can_be_planned_for() -> None:
         planned_machine("gpu", 24.0)
     with pytest.raises(UserError, match=r"cuda:99 is not here.*--memory"):
         planned_machine("cuda:99", None)
+
+
+def test_padded_pairs_compute_their_prompt_twice() -> None:
+    """A dry run said that they take what packed ones do."""
+    whole = config(per_device_train_batch_size=4)
+    shared, padded = (
+        replace(whole, preference=replace(whole.preference, layout=layout))
+        for layout in ("shared", "padded")
+    )
+    found = phase("preference", padded)
+    assert found.tokens == 4 * 2 * 256 and phase("preference", shared).tokens == 4 * (256 + 100)
+    assert found.peak > phase("preference", shared).peak
+
+
+def test_short_rows_fill_a_forward_to_its_limit_of_tokens() -> None:
+    """A forward was taken to be of the longest rows that fit, and may be of more and shorter."""
+
+    def tokens(limit: int, **preference: Any) -> int:
+        return phase("preference", config(micro_batch_tokens=limit, **preference)).tokens
+
+    item = 256 + 100
+    assert tokens(2 * item - 1) == 2 * item - 1
+    assert tokens(10) == item  # an item at least
+    assert tokens(10**6) == 16 * item
+    assert tokens(10**6, micro_batch_size=3) == 3 * item
+    found = phase("preference", config(micro_batch_tokens=10**6))
+    assert found == phase("preference", config())

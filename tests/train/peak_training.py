@@ -29,7 +29,10 @@ def main(case: dict[str, Any]) -> None:
         per_device_train_batch_size=pairs, num_train_epochs=2, logging_steps=1, **case["train"]
     )
     lora = LoraConfig(**case["lora"])
-    items, item = train.micro_batch_size or pairs, prompt + 2 * response
+    items, longest = train.micro_batch_size or pairs, prompt + 2 * response
+    item = longest
+    if train.layout == "padded":
+        longest, item = prompt + response, 2 * (prompt + response)
     dtype = getattr(torch, case["dtype"])
     predicted = train_memory(
         without_data(AutoConfig.for_model(**case["model"]), dtype, lora),
@@ -37,7 +40,7 @@ def main(case: dict[str, Any]) -> None:
         device=torch.device("cpu"),
         tokens=items * item,
         rows=2 * items * response,
-        longest=item,
+        longest=longest,
         forwards=pairs // items,
         reference=True,
     )

@@ -21,6 +21,7 @@ CASES: dict[str, dict[str, Any]] = {
     "recomputed": {"train": {"gradient_checkpointing": True}},
     "weights": {"pairs": [2, 16, 16], "model": LLAMA | {"num_hidden_layers": 16}},
     "accumulation": {"train": {"micro_batch_size": 1}},
+    "padded": {"train": {"layout": "padded"}},
     "bf16": {"dtype": "bfloat16"},
     "head": {"pairs": [2, 64, 64], "model": LLAMA | {"vocab_size": 64000}},
     "lora": {"lora": {"r": 16}},

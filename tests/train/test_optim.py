@@ -23,6 +23,13 @@ def test_schedules():
     assert warm == pytest.approx([0.5, 1.0] + [1 - t / 8 for t in range(8)])
 
 
+def test_part_of_a_warm_up_step_is_a_whole_one():
+    """As transformers rounds it: 3 of 10 steps for a ratio of 0.21."""
+    config = TrainConfig(warmup_ratio=0.21, lr_scheduler_type="constant")
+    factors = [lr_factor(config, step, 10) for step in range(4)]
+    assert factors == pytest.approx([1 / 3, 2 / 3, 1, 1])
+
+
 def _linear(dtype, seed=0):
     layer = torch.nn.Linear(6, 5, dtype=dtype)
     generator = torch.Generator().manual_seed(seed)

@@ -106,6 +106,22 @@ class Ranks:
         _distributed().all_reduce(told, op=_distributed().ReduceOp.MAX)
         return [bool(flag) for flag in told.tolist()]
 
+    @contextmanager
+    def running_out_together(self) -> Iterator[None]:
+        """torch.OutOfMemoryError of one rank is raised on all of them, at the end of the block, in
+        which none may wait for another. Where weights are sharded they do, and only that one."""
+        import torch
+
+        memory_ran_out = False
+        try:
+            yield
+        except torch.OutOfMemoryError:
+            if self.sharded:
+                raise
+            memory_ran_out = True
+        if not self.sharded and self.any(memory_ran_out):
+            raise torch.OutOfMemoryError("on one of the ranks")
+
     def barrier(self) -> None:
         """Waits until every rank is here."""
         self.any(False)

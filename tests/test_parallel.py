@@ -74,6 +74,19 @@ def a_flag_of_one_rank_is_known_to_all() -> None:
     assert ranks.any_of_each([False, last, ranks.main]) == [False, True, True]
 
 
+def memory_that_runs_out_on_one_rank_does_so_on_all() -> None:
+    ranks = here()
+    with ranks.running_out_together():
+        pass
+    after = []
+    with pytest.raises(torch.OutOfMemoryError), ranks.running_out_together():
+        if ranks.rank == ranks.world - 1:
+            raise torch.OutOfMemoryError("no room")
+        after.append("the others go on to the end of the block")
+    assert len(after) == (ranks.rank < ranks.world - 1)
+    assert ranks.gather([ranks.rank]) == list(range(ranks.world)), "and are where they were"
+
+
 def one_rank_speaks() -> None:
     ranks = here()
     with ranks.speaker() as first:
@@ -87,6 +100,7 @@ CHECKS: list[Callable[[], None]] = [
     sums_are_in_place_and_the_same_on_all_ranks,
     gradients_of_one_dtype_are_one_message,
     a_flag_of_one_rank_is_known_to_all,
+    memory_that_runs_out_on_one_rank_does_so_on_all,
     one_rank_speaks,
 ]
 

@@ -89,7 +89,7 @@ def collate(
             positions.extend(range(len(prompt), len(prompt) + len(response)))
         if layout == "padded":
             ids.extend([pad_id] * (-len(ids) % width))
-    tensor = partial(_on_device, device=torch.device(device))
+    tensor = partial(on_device, device=torch.device(device))
     shape = (1, len(ids)) if layout == "shared" else (len(rows), width)
     return Batch(
         input_ids=tensor(ids).view(shape),
@@ -116,9 +116,10 @@ def _counted(shape: tuple[int, int], device: torch.device | str) -> Tensor:
     return torch.arange(shape[1], device=device).expand(shape)
 
 
-def _on_device(
-    values: Sequence[int], *, device: torch.device, dtype: torch.dtype = torch.int64
+def on_device(
+    values: Sequence[float], *, device: torch.device, dtype: torch.dtype = torch.int64
 ) -> Tensor:
+    """[len(values)], copied without waiting for the device."""
     host = torch.tensor(values, dtype=dtype)
     if device.type == "cuda":
         host = host.pin_memory()  # an unpinned copy would wait for the device

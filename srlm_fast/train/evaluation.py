@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -34,50 +32,19 @@ def held_out_items(
 
 
 def held_out_means(
-    model: Any,
-    indices: Sequence[int],
-    config: TrainConfig,
-    micro_batches: MicroBatches,
-    sums: Sums,
-    ranks: Ranks,
+    model: Any, indices: Sequence[int], micro_batches: MicroBatches, sums: Sums, ranks: Ranks
 ) -> dict[str, float]:
     """What `sums` gives over what it counts, without gradients; all ranks share the forwards and
-    get the same.
+    get the same. For memory that runs out see `MicroBatches.in_passing`."""
 
-    Where memory runs out it is done again in half as large forwards, of this evaluation alone: what
-    the training does later must not depend on it. Raises UserError when a single item does not fit,
-    and where weights are sharded, of `MicroBatches.end`.
-    """
-    # No more at once than a training step has on one rank, and so no more memory for as long items.
-    size = max(1, config.per_device_train_batch_size // ranks.world)
-    own = copy.copy(micro_batches)
+    def sums_of_mine(micros: Sequence[Sequence[int]]) -> list[tuple[int, dict[str, Tensor]]]:
+        with ranks.running_out_together():
+            return [sums(micro) for micro in ranks.share(micros, [])]
+
     with inference(model):
-        while (mine := _sums_of_mine(own.forwards(indices, size), sums, ranks)) is None:
-            own.halve_forwards(indices, size)
-            if ranks.sharded:  # in the midst of what all ranks do together
-                raise own.end()
-            warnings.warn(
-                "out of memory in an evaluation: it is done again with at most"
-                f" {own.max_tokens} tokens in a forward",
-                stacklevel=2,
-            )
+        mine = micro_batches.in_passing(sums_of_mine, indices, what="an evaluation")
     told = [(count, list(row), torch.stack([*row.values()]).tolist()) for count, row in mine]
     rows = ranks.gather(told)
     total = sum(count for count, _, _ in rows)
     names = rows[0][1]
     return {name: sum(row[i] for _, _, row in rows) / total for i, name in enumerate(names)}
-
-
-def _sums_of_mine(
-    micros: Sequence[Sequence[int]], sums: Sums, ranks: Ranks
-) -> list[tuple[int, dict[str, Tensor]]] | None:
-    """Of this rank's share of `micros`; None: some rank's memory ran out."""
-    mine, memory_ran_out = [], False
-    try:
-        for micro in ranks.share(micros, []):
-            mine.append(sums(micro))
-    except torch.OutOfMemoryError:
-        memory_ran_out = True
-    if ranks.sharded:  # the others wait elsewhere
-        return None if memory_ran_out else mine
-    return None if ranks.any(memory_ran_out) else mine

@@ -64,7 +64,7 @@ def fit(
     A step that runs out of the device's memory is done again from the start in half as large
     micro-batches, which then stay; the result is the same to rounding.
     `seed` decides how weights are rounded, where that is left to chance.
-    Returns steps, num_tokens, loss_first, loss_last (of single steps, NaN if that one was skipped),
+    Returns steps, num_tokens, loss_first, loss_last (of single steps, skipped or not),
     skipped_steps, whose loss or gradient was not finite, and out_of_memory, the steps done again.
     Raises UserError when there are too many of the former, see `Optimizer`, or when a single item
     does not fit into memory.
@@ -253,10 +253,11 @@ def _zero(model: nn.Module) -> Tensor:
 @contextmanager
 def _prepared(model: nn.Module, config: TrainConfig) -> Iterator[None]:
     """Without dropout, and with layers that are computed again where that is asked for."""
-    was_training = model.training
+    training = [module for module in model.modules() if module.training]
     model.eval()
     try:
         with checkpointed(model) if config.gradient_checkpointing else nullcontext():
             yield
     finally:
-        model.train(was_training)
+        for module in training:
+            module.training = True

@@ -11,14 +11,13 @@ import torch
 from srlm_fast.config import PreferenceConfig
 from srlm_fast.config.options import check_online_training
 from srlm_fast.data.records import Pair
-from srlm_fast.model.load import context_length
 from srlm_fast.parallel import ALONE, Ranks
 from srlm_fast.train.fit import fit
 from srlm_fast.train.layout import choose_layout
 from srlm_fast.train.metrics import LateMeans, Log
 from srlm_fast.train.moving import MovingReference
 from srlm_fast.train.noise import NoiseDetector, Refinement
-from srlm_fast.train.plan import Item, MicroBatches, sort_out
+from srlm_fast.train.plan import Item, MicroBatches, longest_row, sort_out
 from srlm_fast.train.preference import PairForward, PreferenceSteps, late_summary, pair_loss, wide
 from srlm_fast.train.reference import choose_reference
 
@@ -50,7 +49,7 @@ def train_online(
     long as the pairs. Raises UserError for settings that need all pairs beforehand.
     """
     check_online_training(config, refine.tau if refine else None)
-    drawn = _Drawn(draw, steps, config.max_length or context_length(model))
+    drawn = _Drawn(draw, steps, longest_row(model, config))
     layout, lam = choose_layout(model, config), refine.lam if refine else None
     micro_batches = MicroBatches(drawn.items, config, layout, ranks)
     forward = PairForward(model, drawn.items, config, layout, pad_id, lam)

@@ -5,21 +5,34 @@ An item is what the loss is a sum over: one row (SFT), or the chosen and the rej
 
 from __future__ import annotations
 
+import copy
 import json
 import random
+import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
 
 from srlm_fast.config import TrainConfig
 from srlm_fast.data.jsonl import write_text
 from srlm_fast.errors import UserError
+from srlm_fast.model.load import context_length
 from srlm_fast.parallel import ALONE, Ranks
 from srlm_fast.train.batches import Layout, Row
 
+T = TypeVar("T")
 Item = tuple[Row, ...]
+
+
+def longest_row(model: Any, config: TrainConfig) -> int:
+    """Tokens of a row at most: `config.max_length`, and what the model's positions allow."""
+    context = context_length(model)
+    return min(config.max_length or context, context)
 
 
 def usable_items(
@@ -94,6 +107,7 @@ class MicroBatches:
     ) -> None:
         self._items, self._layout, self._ranks = items, layout, ranks
         self.max_items, self.max_tokens = config.micro_batch_size, config.micro_batch_tokens
+        self._step = config.per_device_train_batch_size
         self._folder = folder if ranks.sharded else None
         if self._folder:
             for tokens in ranks.from_main(_left(self._folder)):
@@ -148,10 +162,43 @@ class MicroBatches:
                 micros.append([index])
         return micros
 
-    def forwards(self, items: Sequence[int], step: int) -> list[list[int]]:
-        """The micro-batches of all `items`, taken `step` at a time, for a pass without training."""
-        parts = [items[i : i + step] for i in range(0, len(items), step)]
+    def forwards(self, *sets: Sequence[int], kept: bool = False) -> list[list[int]]:
+        """The micro-batches of sets of items, for a pass without training: no more at once than a
+        training step has on one rank, and so no more memory for as long items.
+
+        kept: as a single rank cuts them, so that any number of ranks finds what is kept of them.
+        """
+        size = self._step if kept else max(1, self._step // self._ranks.world)
+        parts = [items[i : i + size] for items in sets for i in range(0, len(items), size)]
         return [micro for part in parts for micro in self.split(part)]
+
+    def in_passing(
+        self,
+        act: Callable[[list[list[int]]], T],
+        *sets: Sequence[int],
+        what: str,
+        kept: bool = False,
+    ) -> T:
+        """What `act` gives for the `forwards` of these sets, without gradients.
+
+        Where it raises torch.OutOfMemoryError, on all ranks, it is done again in half as large
+        forwards, of this pass alone: what the training does later must not depend on it. `what` it
+        is for is said then. Raises UserError when a single item does not fit, and where weights are
+        sharded, of `end`.
+        """
+        own = copy.copy(self)
+        while True:
+            try:
+                return act(own.forwards(*sets, kept=kept))
+            except torch.OutOfMemoryError:
+                own._halve(lambda: own.forwards(*sets, kept=kept))
+                if self._ranks.sharded:  # in the midst of what all ranks do together
+                    raise own.end() from None
+            warnings.warn(
+                f"out of memory in {what}: it is done again with at most {own.max_tokens} tokens in"
+                " a forward",
+                stacklevel=3,
+            )
 
     def halve(self, step: Sequence[int]) -> None:
         """Half the tokens or fewer from now on, on every rank, since those of `step` were too many
@@ -160,10 +207,6 @@ class MicroBatches:
         Raises UserError when they hold one item each already.
         """
         self._halve(lambda: self._of_all_ranks(step), "set gradient_checkpointing to true, ")
-
-    def halve_forwards(self, items: Sequence[int], step: int) -> None:
-        """The same where the `forwards` of these were too much, without gradients."""
-        self._halve(lambda: self.forwards(items, step))
 
     def _halve(self, cut: Callable[[], list[list[int]]], cure: str = "") -> None:
         before = cut()

@@ -17,9 +17,8 @@ from srlm_fast.config import PreferenceConfig
 from srlm_fast.data.records import Pair
 from srlm_fast.errors import UserError
 from srlm_fast.model.forward import lm_head
-from srlm_fast.model.load import context_length
 from srlm_fast.parallel import ALONE, Ranks
-from srlm_fast.train.batches import Batch, Layout, collate
+from srlm_fast.train.batches import Batch, Layout, collate, on_device
 from srlm_fast.train.checkpoint import checkpoints_of
 from srlm_fast.train.evaluation import held_out_items, held_out_means
 from srlm_fast.train.fit import fit
@@ -27,7 +26,7 @@ from srlm_fast.train.layout import choose_layout
 from srlm_fast.train.metrics import LateMeans, Log, Micro
 from srlm_fast.train.moving import MovingReference
 from srlm_fast.train.noise import NoiseDetector, Refinement
-from srlm_fast.train.plan import Item, MicroBatches, plan_steps, usable_items
+from srlm_fast.train.plan import Item, MicroBatches, longest_row, plan_steps, usable_items
 from srlm_fast.train.reference import Reference, choose_reference
 from srlm_fast.train.sharded import placed
 from srlm_kernels import linear_preference_loss, losses
@@ -36,6 +35,10 @@ from srlm_kernels.linear_preference_loss import PreferenceLoss
 CUT = (
     "{} sorts the pairs of a forward, and this step has several forwards: its loss is another one"
     " than the whole step's; leave micro_batch_size and micro_batch_tokens at 0, in one process"
+)
+BROKEN = (
+    "the model's first log-probabilities are not finite, before any training: its weights, or its"
+    " attention in this dtype, are broken"
 )
 # These are -log sigmoid(0) where policy and reference are equal, whatever their settings.
 SIGMOID_FAMILY = (losses.dpo, losses.spa, losses.robust, losses.sigmoid_norm)
@@ -93,11 +96,11 @@ def train_preference(
         ((p.prompt_ids, p.chosen_ids), (p.prompt_ids, p.rejected_ids))
         for p in (*pairs, *eval_pairs)
     ]
-    max_length = config.max_length or context_length(model)
+    max_length = longest_row(model, config)
     kept, dropped = usable_items(items[: len(pairs)], max_length)
     held_out, eval_dropped = held_out_items(items, len(pairs), config, max_length)
     plan, layout = plan_steps(kept, config, seed), choose_layout(model, config)
-    loss, size = pair_loss(config), config.per_device_train_batch_size
+    loss = pair_loss(config)
     with placed(config, ranks, model, reference) as (ranks, (model, reference)):
         # Both are of the start weights: those of a checkpoint come only in `fit`.
         checkpoints = checkpoints_of(
@@ -107,11 +110,14 @@ def train_preference(
         micro_batches = MicroBatches(items, config, layout, ranks, cache or checkpoint)
         lam = refine.lam if refine else None
         forward = PairForward(model, items, config, layout, pad_id, lam, smoothing)
-        compared = choose_reference(
-            reference, config,
-            micro_batches.forwards(kept, size) + micro_batches.forwards(held_out, size),
-            forward.collate, cache or checkpoint, ranks,
-        )  # fmt: skip
+
+        def compare(micros: Sequence[Sequence[int]]) -> Reference:
+            folder = cache or checkpoint
+            return choose_reference(reference, config, micros, forward.collate, folder, ranks)
+
+        compared = micro_batches.in_passing(
+            compare, kept, held_out, what="caching the reference", kept=True
+        )
         like = torch.zeros((), device=model.device, dtype=wide(model.dtype))
         noise = NoiseDetector(
             refine, beta=config.beta, num_pairs=len(kept), steps=len(plan), like=like, ranks=ranks
@@ -125,7 +131,7 @@ def train_preference(
         )
 
         def evaluate() -> dict[str, float]:
-            return held_out_means(model, held_out, config, micro_batches, steps.eval_sums, ranks)
+            return held_out_means(model, held_out, micro_batches, steps.eval_sums, ranks)
 
         summary = fit(
             model, config, plan, micro_batches, steps, log=log, name="preference", ranks=ranks,
@@ -202,17 +208,16 @@ def check_start(
     batch: Batch,
     rpo_alpha: float,
     floor: float = 0.0,
-) -> None:
+) -> bool:
     """Policy and reference are one model, so they must agree exactly, or to `floor` nats.
 
-    Every margin must be 0, and the sigmoid family's loss ln 2 to 1e-6. Raises RuntimeError.
+    Every margin must be 0, and the sigmoid family's loss ln 2 to 1e-6; else RuntimeError is raised.
+    A pair that is not finite is left to the step, which is skipped for it. Returns whether one is.
     """
-    worst = float(result.margins.abs().max())
-    if math.isnan(worst):
-        raise RuntimeError(
-            "the model's first log-probabilities are not finite, before any training: its weights, "
-            "or its attention in this dtype, are broken"
-        )
+    finite = result.margins.isfinite()
+    if not bool(finite.any()):
+        return False
+    worst = float(result.margins.where(finite, 0.0).abs().max())
     if worst > floor:
         raise RuntimeError(
             f"the reference is the model's own start, yet a margin of the first step is {worst:g} "
@@ -220,12 +225,14 @@ def check_start(
         )
     if isinstance(loss, SIGMOID_FAMILY) and floor == 0.0:
         nll = -(result.logp / batch.cu_seqlens.diff())[::2]
-        error = float((result.losses - rpo_alpha * nll - math.log(2)).abs().max())
-        if not error <= 1e-6 * max(1.0, float(result.losses.max())):
+        losses_of_finite = result.losses[finite]
+        error = float((losses_of_finite - rpo_alpha * nll[finite] - math.log(2)).abs().max())
+        if not error <= 1e-6 * max(1.0, float(losses_of_finite.max())):
             raise RuntimeError(
                 f"the reference is the model's own start, yet the first loss differs from ln 2 by "
                 f"{error:g}: the loss is not what its name says"
             )
+    return True
 
 
 @dataclass(frozen=True)
@@ -282,8 +289,9 @@ class PairForward:
     def _of_each_pair(self, indices: Sequence[int]) -> dict[str, Tensor]:
         if self.smoothing is None:
             return {}
-        own = torch.tensor([self.smoothing[i] for i in indices], dtype=wide(self.model.dtype))
-        return {"label_smoothing": own.to(self.model.device, non_blocking=True)}
+        own = [self.smoothing[i] for i in indices]
+        dtype = wide(self.model.dtype)
+        return {"label_smoothing": on_device(own, device=self.model.device, dtype=dtype)}
 
     @torch.no_grad()
     def ext_margins(
@@ -295,19 +303,12 @@ class PairForward:
     ) -> Tensor:
         """The extrapolated margins (nats, no beta) of the items of all `micros`, which `ranks`
         share. Raises torch.OutOfMemoryError on every rank where it is raised on one."""
-        sizes, memory_ran_out = [len(micro) for micro in micros], False
-        dtype = wide(self.model.dtype)
+        sizes, dtype = [len(micro) for micro in micros], wide(self.model.dtype)
         margins = torch.zeros(sum(sizes), device=self.model.device, dtype=dtype)
         parts = list(zip(micros, torch.split(margins, sizes), strict=True))
-        try:
+        with ranks.running_out_together():
             for micro, part in ranks.share(parts, ([], margins[:0])):
                 part.copy_(self(micro, reference, loss, scale=1.0)[0].ext_margins)
-        except torch.OutOfMemoryError:
-            if ranks.sharded:
-                raise
-            memory_ran_out = True
-        if ranks.any(memory_ran_out):
-            raise torch.OutOfMemoryError("on one of the ranks")
         ranks.sum_([margins])
         return margins
 
@@ -331,6 +332,7 @@ class PreferenceSteps:
     ) -> Iterator[Micro]:
         """See `fit.StepFunction`."""
         config, noise = self.forward.config, self.noise
+        is_start, is_sound = step == 0 and self.reference_is_start and any(micros), False
         self.late.begin_step(step)
         if noise:
             noise.begin_step(step, self._score, self.micro_batches.in_order(items))
@@ -339,18 +341,22 @@ class PreferenceSteps:
                 warnings.warn(CUT.format(config.loss_type), stacklevel=2)
             loss = noise.loss() if noise else self.loss
             result, batch = self.forward(indices, self.reference, loss, scale=1 / len(items))
-            if step == 0 and self.reference_is_start and indices:
-                check_start(result, loss, batch, config.rpo_alpha, self.reference.floor)
+            if is_start and indices:
+                floor = self.reference.floor
+                is_sound |= check_start(result, loss, batch, config.rpo_alpha, floor)
             sums = _pair_metrics(result, config.beta)
             self.late.add(len(indices), sums)
             if noise:
                 sums |= noise.observe(indices, result.ext_margins)
             yield Micro(result.loss, len(indices), batch.num_tokens, sums)
+        if is_start and not is_sound:
+            raise RuntimeError(BROKEN)
 
     def _score(self) -> Tensor:
-        size = self.forward.config.per_device_train_batch_size
-        micros = self.micro_batches.forwards(self.kept, size)
-        return self.forward.ext_margins(micros, self.reference, self.loss, self.ranks)
+        def margins(micros: Sequence[Sequence[int]]) -> Tensor:
+            return self.forward.ext_margins(micros, self.reference, self.loss, self.ranks)
+
+        return self.micro_batches.in_passing(margins, self.kept, what="scoring the pairs for tau")
 
     def eval_sums(self, indices: Sequence[int]) -> tuple[int, dict[str, Tensor]]:
         """Of held-out pairs, whose labels are not refined."""

@@ -24,12 +24,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from srlm_fast.config import PreferenceConfig
+from srlm_fast.errors import UserError
 from srlm_fast.model.adapters import FrozenAdapter, active_scaling, active_state
 from srlm_fast.model.forward import Head, lm_head
 from srlm_fast.model.load import text_config
 from srlm_fast.model.phase import inference
 from srlm_fast.parallel import ALONE, Ranks
-from srlm_fast.train.batches import Batch
+from srlm_fast.train.batches import Batch, on_device
 from srlm_fast.train.sharded import gathered
 from srlm_kernels import linear_logp
 
@@ -95,7 +96,8 @@ class CachedLogps:
     floor: float
 
     def inputs(self, indices: Sequence[int], batch: Batch) -> dict[str, Any]:
-        return {"ref_logp": self.sums[list(indices)].flatten()}
+        rows = on_device(indices, device=self.sums.device)
+        return {"ref_logp": self.sums.index_select(0, rows).flatten()}
 
 
 @dataclass(frozen=True)
@@ -119,7 +121,10 @@ class CachedStates:
             name, start, end = self.place[index]
             with safe_open(self.folder / name, framework="pt") as file:  # mapped, not read
                 found.append(file.get_slice("states")[start:end])
-        rows = torch.cat(found or [self.none]).to(batch.rows.device, non_blocking=True)
+        rows = torch.cat(found or [self.none])
+        if batch.rows.is_cuda:
+            rows = rows.pin_memory()  # an unpinned copy would wait for the device
+        rows = rows.to(batch.rows.device, non_blocking=True)
         # Where responses share a prompt its last row occurs twice, with the same states but for
         # rounding if the two were cached in different batches.
         hidden = rows.new_zeros(batch.input_ids.numel(), rows.shape[1])
@@ -186,14 +191,14 @@ def cache_logps(
         path = folder / f"logps-{_digest([fingerprint(model), digests])}.safetensors"
     found = ranks.from_main(_read(path) if path and ranks.main else None)
     if found is None:
-        with inference(model):
+        with inference(model), ranks.running_out_together():
             mine = [_sums(model, collate(micro)).cpu() for micro in ranks.share(micros, [])]
+            noise = _floor(model, micros, collate)
         parts = ranks.gather(mine)[: len(micros)]
         sums = parts[0].new_full((max(map(max, micros)) + 1, 2), torch.nan)
         for micro, part in zip(micros, parts, strict=True):
             sums[list(micro)] = part
-        floor = torch.tensor(_floor(model, micros, collate), dtype=torch.float64)
-        found = {"sums": sums, "floor": floor}
+        found = {"sums": sums, "floor": torch.tensor(noise, dtype=torch.float64)}
         if path and ranks.main:
             _write(path, found)
     return CachedLogps(found["sums"].to(model.device), float(found["floor"]))
@@ -216,11 +221,27 @@ def _read(path: Path) -> dict[str, Tensor] | None:
         return None
 
 
+def _is_whole(path: Path) -> bool:
+    """Whether it is there, and as long as its header says: a computer that lost its power may have
+    cut it short after it was renamed."""
+    try:
+        with safe_open(path, framework="pt"):
+            return True
+    except (OSError, SafetensorError):
+        return False
+
+
 def _write(path: Path, tensors: dict[str, Tensor]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
-    save_file(tensors, partial)
-    os.replace(partial, path)
+    try:
+        save_file(tensors, partial)
+        os.replace(partial, path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"cannot keep the reference in {path.parent}: {error}; free some space, or set"
+            " preference.reference_cache to none"
+        ) from error
 
 
 def _sums(model: Any, batch: Batch) -> Tensor:
@@ -245,15 +266,22 @@ def _floor(model: Any, micros: Sequence[Sequence[int]], collate: Collate) -> flo
     size = max(2, max(map(len, micros)))
     some = micros[:: max(1, 2 * len(micros) // size)]
     items = list(dict.fromkeys(index for micro in some for index in (micro[-1], micro[0])))[:size]
+    shapes = [(b.input_ids.numel(), int(b.cu_seqlens.diff().max())) for b in map(collate, micros)]
+    room, longest = map(max, zip(*shapes, strict=True))
     batch = collate(items)
+    while len(items) > 2 and batch.input_ids.numel() > room:  # as much as the pass had at once
+        items.pop()
+        batch = collate(items)
     with inference(model):
         together = _sums(model, batch)
         alone = torch.cat([_sums(model, collate([index])) for index in items])
-    longest = max(int(collate(micro).cu_seqlens.diff().max()) for micro in micros)
     lengths = batch.cu_seqlens.diff().view(-1, 2).clamp(min=1)
     off = (together - alone).abs() * (longest / lengths).sqrt()
-    rounding = torch.finfo(together.dtype).eps * float(together.abs().max())
-    return _SLACK * (2 * float(off.max()) + rounding)
+    sound = off.isfinite()  # an item that is not has no margin either
+    if not bool(sound.any()):
+        return 0.0
+    rounding = torch.finfo(together.dtype).eps * float(together[sound].abs().max())
+    return _SLACK * (2 * float(off[sound].max()) + rounding)
 
 
 def cache_states(
@@ -277,16 +305,16 @@ def cache_states(
         ends = batch.cu_seqlens[::2].tolist()
         for i, index in enumerate(micro):
             place[index] = (files[-1].name, ends[i], ends[i + 1])
-    missing = ranks.any_of_each([not path.is_file() for path in files])
+    missing = ranks.any_of_each([not _is_whole(path) for path in files])
     todo = list(compress(zip(micros, files, strict=True), missing))
-    with inference(model):
+    with inference(model), ranks.running_out_together():
         for micro, path in ranks.share(todo, ([], folder)):
             batch = collate(micro)
             states = batch.states(model)[batch.rows].cpu()
             if micro:
                 _write(path, {"states": states})
+        floor = _floor(model, micros, collate)
     ranks.barrier()
-    floor = _floor(model, micros, collate)
     head: Head = lm_head(model)
     none = torch.empty(0, head.weight.shape[1], dtype=head.weight.dtype)
     if head_is_shared:

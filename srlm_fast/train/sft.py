@@ -10,7 +10,6 @@ from torch import Tensor
 
 from srlm_fast.config import TrainConfig
 from srlm_fast.model.forward import lm_head
-from srlm_fast.model.load import context_length
 from srlm_fast.parallel import ALONE, Ranks
 from srlm_fast.train.batches import Batch, Row, collate
 from srlm_fast.train.checkpoint import checkpoints_of
@@ -18,7 +17,7 @@ from srlm_fast.train.evaluation import held_out_items, held_out_means
 from srlm_fast.train.fit import fit
 from srlm_fast.train.layout import choose_layout
 from srlm_fast.train.metrics import Log, Micro
-from srlm_fast.train.plan import MicroBatches, plan_steps, usable_items
+from srlm_fast.train.plan import MicroBatches, longest_row, plan_steps, usable_items
 from srlm_fast.train.sharded import placed
 from srlm_kernels import linear_logp
 
@@ -45,7 +44,7 @@ def train_sft(
     Returns `fit`'s summary, `rows` trained on, `dropped` by reason, and `eval_dropped` where there
     is an evaluation. Raises UserError when no row is left or training diverges.
     """
-    max_length = config.max_length or context_length(model)
+    max_length = longest_row(model, config)
     items = [((prompt, response),) for prompt, response in (*rows, *eval_rows)]
     kept, dropped = usable_items(items[: len(rows)], max_length)
     held_out, eval_dropped = held_out_items(items, len(rows), config, max_length)
@@ -77,7 +76,7 @@ def train_sft(
         micro_batches = MicroBatches(items, config, layout, ranks, checkpoint)
 
         def evaluate() -> dict[str, float]:
-            return held_out_means(model, held_out, config, micro_batches, sums, ranks)
+            return held_out_means(model, held_out, micro_batches, sums, ranks)
 
         summary = fit(
             model, config, plan, micro_batches, step_function, log=log, name="sft", ranks=ranks,

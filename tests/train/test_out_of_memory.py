@@ -13,7 +13,7 @@ from srlm_fast.train import batches
 from srlm_fast.train.evaluation import held_out_means
 from srlm_fast.train.noise import Refinement
 from srlm_fast.train.plan import MicroBatches
-from srlm_fast.train.preference import train_preference
+from srlm_fast.train.preference import PairForward, train_preference
 
 CONFIG = PreferenceConfig(
     learning_rate=3e-3, num_train_epochs=2, per_device_train_batch_size=6, logging_steps=1
@@ -21,12 +21,13 @@ CONFIG = PreferenceConfig(
 
 
 @pytest.fixture
-def train(make_model, pairs):
+def train(make_model, pairs, tmp_path):
     def run(config=CONFIG, refine=None, eval_pairs=()):
         model, logs = make_model(), []
+        other = frozen_copy(model) if config.reference_cache == "none" else model
         summary = train_preference(
-            model, frozen_copy(model), pairs, config, refine=refine, seed=0, pad_id=0,
-            log=logs.append, eval_pairs=eval_pairs,
+            model, other, pairs, config, refine=refine, seed=0, pad_id=0, log=logs.append,
+            eval_pairs=eval_pairs, cache=tmp_path,
         )  # fmt: skip
         weights = torch.cat([p.detach().flatten() for p in model.parameters()])
         return weights, summary, logs
@@ -36,15 +37,15 @@ def train(make_model, pairs):
 
 @pytest.fixture
 def small_memory(monkeypatch):
-    """Room for so many tokens in a forward that has gradients, from the third one on."""
+    """Room for so many tokens in a forward that has gradients, from the third one on, or later."""
 
-    def limit(tokens):
+    def limit(tokens, after=2):
         states, calls = batches.Batch.states, 0
 
         def limited(self, model):
             nonlocal calls
             calls += torch.is_grad_enabled()
-            if torch.is_grad_enabled() and calls > 2 and self.num_tokens > tokens:
+            if torch.is_grad_enabled() and calls > after and self.num_tokens > tokens:
                 raise torch.OutOfMemoryError("no room")
             return states(self, model)
 
@@ -64,6 +65,25 @@ def test_the_result_is_that_of_enough_memory(train, small_memory, tau):
     assert summary["out_of_memory"] == 0 and other["out_of_memory"] > 0
     assert other.get("flags") == summary.get("flags")
     assert other["num_tokens"] == summary["num_tokens"]
+    for row, expected in zip(later, logs, strict=True):
+        assert row == pytest.approx(expected, rel=1e-5, abs=1e-8)
+
+
+@pytest.mark.parametrize("tau", [None, "window"])
+@pytest.mark.parametrize("after", [2, 10])  # in the first step, or in the last
+@pytest.mark.filterwarnings("ignore:out of memory")
+def test_what_a_step_had_before_memory_ran_out_is_forgotten(train, small_memory, tau, after):
+    """Its shorter micro-batches had given gradients, losses, metrics and margins already."""
+    refine = tau and Refinement(alpha=0.3, lam=0.5, k_percent=40.0, window=6, tau=tau)
+    config = replace(CONFIG, micro_batch_size=2)
+    weights, summary, logs = train(config, refine)
+    small_memory(32, after)
+    again, other, later = train(config, refine)
+    torch.testing.assert_close(again, weights, atol=1e-10, rtol=0)
+    assert summary.pop("out_of_memory") == 0 < other.pop("out_of_memory")
+    assert other.pop("flags", None) == summary.pop("flags", None)
+    dropped = summary.pop("dropped"), other.pop("dropped")
+    assert dropped == ({}, {}) and other == pytest.approx(summary, rel=1e-5, abs=1e-8)
     for row, expected in zip(later, logs, strict=True):
         assert row == pytest.approx(expected, rel=1e-5, abs=1e-8)
 
@@ -140,6 +160,42 @@ def test_an_evaluation_with_sharded_weights_ends_there(make_model):
     ranks, items = replace(ALONE, sharded=True), [(((2, 3), (4, 5)),)] * 4
     with pytest.raises(UserError, match=r"weights are sharded.*set micro_batch_tokens to \d+$"):
         held_out_means(
-            make_model(), range(4), CONFIG, MicroBatches(items, CONFIG, "shared", ranks), sums,
-            ranks,
-        )  # fmt: skip
+            make_model(), range(4), MicroBatches(items, CONFIG, "shared", ranks), sums, ranks
+        )
+
+
+@pytest.mark.parametrize("cache", ["logps", "states"])
+def test_caching_a_reference_is_done_again_in_smaller_parts(train, monkeypatch, cache):
+    """It ended the run with a traceback: only steps and evaluations were done again."""
+    weights, summary, _ = train()
+    states = batches.Batch.states
+
+    def limited(self, model):
+        """Room for 60 tokens in a forward of the reference."""
+        if not torch.is_grad_enabled() and self.num_tokens > 60:
+            raise torch.OutOfMemoryError("no room")
+        return states(self, model)
+
+    monkeypatch.setattr(batches.Batch, "states", limited)
+    with pytest.warns(UserWarning, match=r"in caching the reference.*at most \d+ tokens"):
+        again, other, _ = train(replace(CONFIG, reference_cache=cache))
+    torch.testing.assert_close(again, weights, atol=1e-10, rtol=0)
+    assert not other["out_of_memory"] and other["num_tokens"] == summary["num_tokens"]
+
+
+def test_scoring_for_tau_is_done_again_in_smaller_parts(train, monkeypatch):
+    """It halved what the steps have at once, and ended trainings whose steps were single pairs."""
+    refine = Refinement(alpha=0.3, lam=0.5, k_percent=40.0, tau="dataset")
+    weights, summary, _ = train(refine=refine)
+    score = PairForward.ext_margins
+
+    def limited(self, micros, *rest):
+        if max(map(len, micros)) > 2:
+            raise torch.OutOfMemoryError("no room")
+        return score(self, micros, *rest)
+
+    monkeypatch.setattr(PairForward, "ext_margins", limited)
+    with pytest.warns(UserWarning, match="in scoring the pairs for tau"):
+        again, other, _ = train(refine=refine)
+    torch.testing.assert_close(again, weights, atol=1e-12, rtol=0)
+    assert other["flags"] == summary["flags"] and not other["out_of_memory"]

@@ -7,7 +7,8 @@ import pytest
 
 from srlm_fast.config import TrainConfig
 from srlm_fast.errors import UserError
-from srlm_fast.train.plan import MicroBatches, plan_steps, usable_items
+from srlm_fast.parallel import Ranks
+from srlm_fast.train.plan import MicroBatches, longest_row, plan_steps, usable_items
 
 
 def test_unusable_items_are_counted_by_reason():
@@ -101,3 +102,20 @@ def test_halving_ends_at_single_items():
             micros.halve(range(4))
             sizes.append(len(micros.split(range(4))))
     assert sizes[0] == 1 and sizes == sorted(sizes) and sizes[-1] == 4
+
+
+def test_a_pass_has_no_more_at_once_than_a_step_has_on_one_rank():
+    """It had the whole step of all ranks, several times the memory of what is trained on."""
+    items = [item(3, 2, 2) for _ in range(8)]
+    for batch, world, size in ((4, 1, 4), (4, 2, 2), (4, 8, 1)):
+        config = TrainConfig(per_device_train_batch_size=batch)
+        micro_batches = MicroBatches(items, config, "shared", Ranks(0, world))
+        forwards = micro_batches.forwards(range(8))
+        assert [len(micro) for micro in forwards] == [size] * (8 // size)
+        assert [len(micro) for micro in micro_batches.forwards(range(8), kept=True)] == [4, 4]
+
+
+@pytest.mark.parametrize(("asked", "longest"), [(0, 64), (10, 10), (1000, 64)])
+def test_no_row_is_longer_than_the_models_positions(make_model, asked, longest):
+    """A larger max_length let rows through for which a table of positions has no entries."""
+    assert longest_row(make_model(), TrainConfig(max_length=asked)) == longest

@@ -232,6 +232,34 @@ def test_a_broken_model_is_told_from_a_wrong_reference(make_model, pairs):
         )
 
 
+@pytest.mark.parametrize("refine", [None, REFINE, replace(REFINE, tau="dataset")])
+@pytest.mark.parametrize("bad_step", [0, 3])
+def test_a_pair_that_is_not_finite_costs_its_step_alone(make_model, pairs, plan, refine, bad_step):
+    """In the first step it ended the training: the model was called broken."""
+    model, start = make_model(tied=False), make_model(tied=False)
+    with torch.no_grad():
+        model.model.embed_tokens.weight[60] = math.nan
+    config, first = replace(CONFIG, num_train_epochs=1, micro_batch_size=1), plan[bad_step][0]
+    safe = [
+        replace(
+            p, prompt_ids=tuple(min(t, 59) for t in p.prompt_ids),
+            chosen_ids=tuple(min(t, 59) for t in p.chosen_ids),
+            rejected_ids=tuple(min(t, 59) for t in p.rejected_ids),
+        )
+        for p in pairs
+    ]  # fmt: skip
+    safe[first] = replace(safe[first], chosen_ids=(60, *safe[first].chosen_ids[1:]))
+    logs = []
+    summary = train_preference(
+        model, frozen_copy(model), safe, config, refine=refine, seed=0, pad_id=0, log=logs.append
+    )
+    assert summary["skipped_steps"] == 1 and summary["steps"] == 4
+    assert [math.isnan(row["loss"]) for row in logs] == [step == bad_step for step in range(4)]
+    weights = {name: p for name, p in model.named_parameters() if "embed" not in name}
+    moved = [not torch.equal(p, start.get_parameter(name)) for name, p in weights.items()]
+    assert all(p.isfinite().all() for p in weights.values()) and all(moved)
+
+
 def test_a_wrong_loss_is_found_at_the_first_step(train, monkeypatch):
     monkeypatch.setattr(losses.dpo, "__call__", lambda self, s: -2 * logsigmoid(s.margin))
     with pytest.raises(RuntimeError, match="differs from ln 2"):

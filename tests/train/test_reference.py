@@ -5,13 +5,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from transformers import MistralConfig, MistralForCausalLM
 
 from srlm_fast.config import PreferenceConfig
 from srlm_fast.errors import UserError
 from srlm_fast.model.sizes import PeakBytes
 from srlm_fast.model.weights import frozen_copy
-from srlm_fast.train import reference
+from srlm_fast.train import batches, reference
 from srlm_fast.train.noise import Refinement
 from srlm_fast.train.preference import train_preference
 
@@ -23,11 +24,11 @@ REFINE = Refinement(alpha=0.3, lam=0.5, k_percent=40.0, window=6)
 
 @pytest.fixture
 def train(make_model, pairs, tmp_path):
-    def run(cache, refine=None, *, dtype=torch.float64, own=True, **options):
+    def run(cache, refine=None, *, dtype=torch.float64, data=pairs, **options):
         model, logs = make_model(dtype=dtype), []
-        other = model if own and cache != "none" else frozen_copy(model)
+        other = model if cache != "none" else frozen_copy(model)
         summary = train_preference(
-            model, other, pairs, replace(CONFIG, reference_cache=cache, **options), refine=refine,
+            model, other, data, replace(CONFIG, reference_cache=cache, **options), refine=refine,
             seed=0, pad_id=0, log=logs.append, cache=tmp_path,
         )  # fmt: skip
         return torch.cat([p.detach().flatten() for p in model.parameters()]), summary, logs
@@ -148,6 +149,22 @@ def test_another_start_is_found(train, cache, make_model, pairs, tmp_path):
         )  # fmt: skip
 
 
+@pytest.mark.parametrize("cache", ["logps", "states"])
+def test_a_pair_that_is_not_finite_does_not_hide_another_start(make_model, pairs, tmp_path, cache):
+    """The noise that was measured was NaN then, and no margin is above that."""
+    models = make_model(tied=False), make_model(seed=1, tied=False)
+    for model in models:
+        with torch.no_grad():
+            model.model.embed_tokens.weight[60] = math.nan
+    bad = [replace(pairs[0], chosen_ids=(60, 3)), *pairs[1:]]
+    config = replace(CONFIG, reference_cache=cache, per_device_train_batch_size=12)
+    with pytest.raises(RuntimeError, match="margin of the first step is"):
+        train_preference(
+            models[0], frozen_copy(models[1]), bad, config, seed=0, pad_id=0,
+            log=lambda row: None, cache=tmp_path,
+        )  # fmt: skip
+
+
 def test_caching_goes_on_where_it_was_interrupted(train, monkeypatch, tmp_path):
     expected, _, _ = train("states", micro_batch_size=2)
     files = {p.name: p.stat().st_mtime_ns for p in tmp_path.iterdir()}
@@ -165,6 +182,49 @@ def test_caching_goes_on_where_it_was_interrupted(train, monkeypatch, tmp_path):
     again, _, _ = train("states", micro_batch_size=2)
     assert torch.equal(again, expected)
     assert sorted(name.replace(".partial", ".safetensors") for name in saved) == removed
+
+
+def test_a_file_that_was_cut_short_is_made_again(train, tmp_path):
+    """As after a loss of power; it was taken for whole, and ended the training."""
+    expected, _, _ = train("states", micro_batch_size=2)
+    whole = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    broken, empty = sorted(whole)[:2]
+    broken.write_bytes(whole[broken][:-9])
+    empty.write_bytes(b"")
+    again, _, _ = train("states", micro_batch_size=2)
+    assert torch.equal(again, expected)
+    assert all(path.read_bytes() == data for path, data in whole.items())
+
+
+@pytest.mark.parametrize("cache", ["logps", "states"])
+def test_a_full_disk_is_one_sentence(train, monkeypatch, cache):
+    def full(*_):
+        raise SafetensorError("Error while serializing: I/O error: os error 28")
+
+    monkeypatch.setattr(reference, "save_file", full)
+    with pytest.raises(UserError, match=r"cannot keep the reference.*os error 28.*to none"):
+        train(cache)
+
+
+@pytest.mark.parametrize("layout", ["shared", "padded"])
+def test_noise_is_measured_within_the_limit_of_tokens(train, pairs, monkeypatch, layout):
+    """Short pairs make micro-batches of many; as many long ones were measured at once."""
+    sizes, states = [], batches.Batch.states
+
+    def watched(self, model):
+        sizes.append((self.input_ids.numel(), len(self.cu_seqlens) // 2))
+        return states(self, model)
+
+    monkeypatch.setattr(batches.Batch, "states", watched)
+    short = [
+        replace(p, prompt_ids=(5,), chosen_ids=(6, i), rejected_ids=(7,))
+        for i, p in enumerate([*pairs, *pairs], 2)
+    ]
+    data = [*short, *pairs]
+    config = {"micro_batch_tokens": 70, "per_device_train_batch_size": 36, "layout": layout}
+    train("logps", data=data, **config)
+    assert max(pairs for _, pairs in sizes) > 5
+    assert max(tokens for tokens, _ in sizes) <= 70
 
 
 def test_other_weights_have_other_files(train, tmp_path, make_model, pairs):

@@ -117,6 +117,9 @@ def test_logged_loss_is_the_mean_of_its_steps_and_the_last_step_is_logged(make_m
         for name in ("loss", "grad_norm"):
             mean = sum(r[name] for r in part) / len(part)
             assert row[name] == pytest.approx(mean, rel=1e-5)
+    for row in (*single, *grouped):  # the rate of the row's last step, which makes the first 1
+        rate = 1e-2 * (0.2 + 0.4 * (1 + math.cos(math.pi * (row["step"] - 1) / 6)))
+        assert row["learning_rate"] == pytest.approx(rate, rel=1e-12)
 
 
 def test_two_runs_are_equal_bit_for_bit_and_seeds_differ(make_model, rows):
@@ -135,9 +138,11 @@ def test_dropout_is_off_and_the_mode_comes_back(make_model, rows):
     dropping.config.attention_dropout = 0.5
     for layer in dropping.model.layers:
         layer.self_attn.attention_dropout = 0.5
+    dropping.model.layers[0].eval()
+    modes = [m.training for m in dropping.modules()]
     losses = [_train(m, rows, CONFIG)[0]["loss_first"] for m in (plain, dropping)]
     assert losses[0] == losses[1]
-    assert not plain.training and dropping.training
+    assert not plain.training and [m.training for m in dropping.modules()] == modes
 
 
 def test_long_rows_are_dropped_and_counted(make_model, rows):

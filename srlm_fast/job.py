@@ -17,12 +17,13 @@ from srlm_fast.config.pairwise import compares_in_words
 from srlm_fast.data.exports import alpaca_eval_rows
 from srlm_fast.data.files import task_from_files
 from srlm_fast.data.jsonl import read_jsonl, write_json, write_text
-from srlm_fast.data.records import Sample
+from srlm_fast.data.records import Prompt, Sample
 from srlm_fast.data.task import Task
 from srlm_fast.data.template import ChatTemplate
 from srlm_fast.errors import UserError
 from srlm_fast.evaluate.report import render_report
 from srlm_fast.evaluate.table import summary_table
+from srlm_fast.judge.expected import verdict_tokens
 from srlm_fast.judge.judge_prompt import load_judge_prompt
 from srlm_fast.judge.pairwise import load_pairwise_prompt
 from srlm_fast.judge.scorer import load_scorer, scorer_file
@@ -51,7 +52,7 @@ from srlm_fast.sandbox.model import new_model
 from srlm_fast.sandbox.pretrain import RECORD, make_base_model
 from srlm_fast.sandbox.task import make_task
 from srlm_fast.sandbox.tokenizer import make_tokenizer
-from srlm_kernels.losses import LOSSES
+from srlm_fast.train.preference import pair_loss
 
 METHODS: dict[str, Callable[[Engine, Task], None]] = {
     "srlm": self_rewarding,
@@ -80,9 +81,7 @@ def prepare(config: Config, ranks: Ranks = ALONE, planned: Machine | None = None
     planned: on what a run is planned that does not start here. Its model needs no weights then and
     no tokenizer, and whether it fits is not checked.
     """
-    if config.preference.loss_type not in LOSSES:
-        known = ", ".join(LOSSES)
-        raise UserError(f"unknown preference.loss_type; known are {known}")
+    pair_loss(config.preference)  # there is such a loss, and it takes its settings
     if config.refines_labels and config.preference.loss_type != "sigmoid":
         raise UserError(
             "SPA refines the labels of the DPO loss; set preference.loss_type to sigmoid, or"
@@ -106,16 +105,21 @@ def prepare(config: Config, ranks: Ranks = ALONE, planned: Machine | None = None
     machine = planned or machine_here(resolve_device(config.device), ranks)
     folder: Path | None = None
     missing: tuple[str, ...] = ()
+    template: ChatTemplate | None = None  # where a plan has no tokenizer
     if config.model == "sandbox":
-        model_config = new_model(make_tokenizer(), seed=0).config
+        tokenizer = make_tokenizer()
+        model_config = new_model(tokenizer, seed=0).config
+        template = ChatTemplate(tokenizer, config.template)
     else:
         folder = resolve_folder(config.model, weights=not planned)
         missing = _missing(folder) if planned else ()
         model_config = check_folder(str(folder), weights="weights" not in missing)
         if "tokenizer files" not in missing:
-            ChatTemplate(load_tokenizer(str(folder)), config.template)
+            template = ChatTemplate(load_tokenizer(str(folder)), config.template)
             _check_reference(config, folder, model_config, weights=not planned)
     _check_room(config, context_of(model_config))
+    if template:
+        _check_judges(config, template, context_of(model_config))
     check_training(config, weights_dtype(config, model_config, machine.device), machine.device)
     memory = RunMemory.of(config, model_config, machine, ranks)
     if folder and not planned:
@@ -168,6 +172,11 @@ def _check_reference(config: Config, folder: Path, model_config: Any, *, weights
     if not name:
         return
     reference = resolve_folder(name, weights=weights)
+    if config.spa.no_seed and reference.resolve() == folder.resolve():
+        raise UserError(
+            f"judge.reference {name} is, without a seed, the first judge itself: set it to the"
+            " model that this one was trained from, or to none"
+        )
     if weights or has_tokenizer(reference):  # a plan needs none
         _check_ids(name, folder, reference)
     found = check_folder(str(reference), weights=weights)
@@ -210,7 +219,7 @@ def _check_prompt_model(config: Config, *, weights: bool) -> None:
 def _check_room(config: Config, context: int) -> None:
     """Responses, and judgements where they are sampled, must leave room for their prompts."""
     wanted = {"sampling.max_new_tokens": config.sampling.max_new_tokens}
-    if config.judge.kind == "prompted":
+    if config.judge.kind == "prompted" or config.teaches_judging:
         wanted["judge.max_new_tokens"] = config.judge.max_new_tokens
     writes_prompts = config.prompts.source == "self_instruct" and not config.prompts.model
     if config.method == "srlm" and writes_prompts:
@@ -222,6 +231,29 @@ def _check_room(config: Config, context: int) -> None:
             raise UserError(
                 f"{name} = {tokens} leaves no room for a prompt in the model's context of "
                 f"{context} tokens; lower it with --{name}"
+            )
+
+
+def _check_judges(config: Config, template: ChatTemplate, context: int) -> None:
+    """What judges read must leave room for a question and a response, and what they write must be
+    readable. What is asked without either shows it."""
+    asked: list[tuple[str, Prompt, int]] = []
+    if config.judge.kind in ("prompted", "expected") or config.teaches_judging:
+        request = load_judge_prompt(config.judge.prompt).fill((), "")
+        if config.judge.kind == "expected":
+            verdict_tokens(template, request)
+        writes = config.judge.kind == "prompted" or config.teaches_judging
+        asked.append(("judge", request, config.judge.max_new_tokens if writes else 0))
+    if compares_in_words(config):
+        request = load_pairwise_prompt(config.pairwise.prompt).fill((), "", "")
+        asked.append(("pairwise", request, config.pairwise.max_new_tokens))
+    for group, request, written in asked:
+        tokens = len(template.encode_prompt(request))
+        if tokens + written >= context:
+            beside = f" and {group}.max_new_tokens {written}" if written else ""
+            raise UserError(
+                f"{group}.prompt takes {tokens} tokens{beside}, which leaves no room for a response"
+                f" in the model's context of {context}; give a shorter one with --{group}.prompt"
             )
 
 

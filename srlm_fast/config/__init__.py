@@ -86,6 +86,11 @@ class Config:
         """Whether the rounds train on labels that SPA refines (its equation 10)."""
         return self.spa.self_refinement if self.method == "spa" else self.spa.refine_srlm
 
+    @property
+    def teaches_judging(self) -> bool:
+        """Whether a model writes judgements that the next one is taught (EFT)."""
+        return self.method == "srlm" and self.eft.enabled and self.eft.target == "judge"
+
     def input_files(self) -> list[Path]:
         """The files of the user that the run reads; names of recipes and HF datasets are none."""
         return [Path(path) for path in self._paths().values() if Path(path).is_file()]

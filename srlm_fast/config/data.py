@@ -55,4 +55,4 @@ class DataConfig:
         require(self.num_gold >= 1, "num_gold must be at least 1 (none: spa.no_seed true)")
         require(self.shuffle_seed >= 0, "shuffle_seed must not be negative")
         require(self.num_test_pairs >= 0, "num_test_pairs must not be negative")
-        require(self.num_test_prompts >= 0, "num_test_prompts must not be negative")
+        require(self.num_test_prompts >= 1, "num_test_prompts must be at least 1")

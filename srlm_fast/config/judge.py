@@ -16,8 +16,9 @@ class JudgeConfig:
     """Who scores the candidates, and how. `random` and `longest` are controls."""
 
     kind: Literal["prompted", "expected", "implicit", "scorer", "random", "longest"] = "prompted"
-    # Of implicit: sft (pi_init), base (what the run starts from), previous (what the judge was
-    # trained from), none (log pi alone), or a model's folder or hub id.
+    # Of implicit: sft (pi_init; of srlm the SFT baseline), base (what the run starts from),
+    # previous (what the judge was trained from; of srlm's M1 the SFT baseline), none (log pi
+    # alone), or a model's folder or hub id.
     reference: str = "sft"
     scorer: str = ""  # of kind scorer: module:function, see judge/scorer.py
     prompt: str = "additive"  # a name in judge/prompts, or a file with both placeholders

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import TYPE_CHECKING
 
+from srlm_fast.config.judge import EFTConfig
 from srlm_fast.config.rules import require
+from srlm_fast.config.spa import OF_THE_SEED
 
 if TYPE_CHECKING:
     from srlm_fast.config import Config
@@ -41,7 +44,37 @@ def check_methods(config: Config) -> None:
         config.data.slices == "prompts" or is_spa,
         "data.slices says how spa cuts preference rows, and srlm has none; leave it at prompts",
     )
+    _check_unused(config)
     _check_reference(config)
+
+
+def _check_unused(config: Config) -> None:
+    """What is set and would change nothing: the other method's groups and files."""
+    spa, data, is_spa = config.spa, config.data, config.method == "spa"
+    used = {field.name for field in fields(spa)} if is_spa or spa.refine_srlm else set()
+    used -= set() if is_spa else set(OF_THE_SEED)
+    for field in fields(spa):
+        cure = "" if spa.refine_srlm else ", or for srlm with spa.refine_srlm true"
+        require(
+            field.name in used or getattr(spa, field.name) == field.default,
+            f"spa.{field.name} is for method spa{cure}; leave it out",
+        )
+    require(
+        not is_spa or config.eft == EFTConfig(),
+        "eft makes srlm's seed data, and spa has none of it; leave it out, or set method to srlm",
+    )
+    require(
+        config.model != "sandbox" or not (data.trees or data.preferences or data.prompts),
+        "the sandbox makes its own data; leave data.trees, data.preferences and data.prompts out",
+    )
+    require(
+        not (is_spa and data.trees),
+        "data.trees is what srlm learns from; give spa its pairs as data.preferences",
+    )
+    require(
+        is_spa or not data.preferences,
+        "data.preferences is what spa learns from; give srlm its message trees as data.trees",
+    )
 
 
 def _check_reference(config: Config) -> None:

@@ -24,6 +24,16 @@ def check_options(config: Config) -> None:
         config.pairs.gold_replay == 0 or (config.method == "spa" and not config.spa.no_seed),
         "pairs.gold_replay needs gold pairs, which only method spa has, in its seed; set it to 0",
     )
+    require(
+        not config.pairs.anchored_rejection or config.rounds > 1,
+        "pairs.anchored_rejection looks back at the first round's model from the second round on;"
+        " set rounds to 2 or more, or leave it out",
+    )
+    require(
+        not config.pairs.length_control or config.sampling.num_candidates > 2,
+        "pairs.length_control chooses among candidates that score alike, and of two there are none;"
+        " raise sampling.num_candidates, or leave it out",
+    )
     if config.pairs.consistency != "off":
         _check_consistency(config)
     if config.online:

@@ -7,6 +7,9 @@ from typing import Literal
 
 from srlm_fast.config.rules import require
 
+# Fields of what comes before the rounds.
+OF_THE_SEED = ("no_seed", "seed_epochs", "seed_learning_rate", "num_seed_pairs")
+
 
 @dataclass(frozen=True)
 class SPAConfig:

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from srlm_fast.config import Config
 
 UNSCALED = ("implicit", "scorer", "longest")  # judges that do not score 0 to 5
+BELOW_5 = ("expected", "random")  # a mean over all digits, and a draw from [0, 5)
 
 
 @dataclass(frozen=True)
@@ -38,9 +39,8 @@ def check_srlm(config: Config) -> None:
         config.method == "srlm" or config.srlm == SRLMConfig(),
         "srlm.training is for method srlm; leave it out, or set method to srlm",
     )
-    judges = config.method == "srlm" and config.eft.enabled and config.eft.target == "judge"
     require(
-        not judges or config.eft.max_tries == 1 or config.judge.temperature > 0,
+        not config.teaches_judging or config.eft.max_tries == 1 or config.judge.temperature > 0,
         "eft.max_tries must be 1 with judge.temperature 0: every try would be the same",
     )
     require(
@@ -49,9 +49,9 @@ def check_srlm(config: Config) -> None:
         "gives others; take prompted or expected",
     )
     require(
-        not positives or config.judge.kind != "expected" or config.srlm.positive_score < 5,
-        "srlm.positive_score must be below 5 with judge.kind expected: a mean over all digits "
-        "never reaches 5; try 4.5",
+        not positives or config.judge.kind not in BELOW_5 or config.srlm.positive_score < 5,
+        f"srlm.positive_score must be below 5 with judge.kind {config.judge.kind}, whose scores "
+        "never reach 5; try 4.5",
     )
     require(
         not positives or config.pairs == PairsConfig(),

@@ -99,8 +99,15 @@ class PreferenceConfig(TrainConfig):
             0 < self.ref_model_mixup_alpha <= 1, "ref_model_mixup_alpha must be above 0, at most 1"
         )
         require(self.ref_model_sync_steps >= 1, "ref_model_sync_steps must be at least 1")
+        require(
+            self.loss_type != "simpo"
+            or (self.reference == "previous" and self.reference_cache == "none"),
+            "loss simpo has no reference; leave reference at previous and reference_cache at none",
+        )
         if self.sync_ref_model:
             self._check_sync()
+        else:
+            self._check_unmoved()
 
     def _check_sync(self) -> None:
         require(
@@ -114,6 +121,17 @@ class PreferenceConfig(TrainConfig):
         )
         require(
             self.loss_type != "simpo", "sync_ref_model needs a reference, and loss simpo has none"
+        )
+
+    def _check_unmoved(self) -> None:
+        same = PreferenceConfig
+        require(
+            self.ref_model_sync_steps == same.ref_model_sync_steps,
+            "ref_model_sync_steps needs sync_ref_model: true",
+        )
+        require(
+            self.reference == "ema" or self.ref_model_mixup_alpha == same.ref_model_mixup_alpha,
+            "ref_model_mixup_alpha needs sync_ref_model: true, or reference: ema",
         )
 
 

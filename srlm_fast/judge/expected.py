@@ -36,7 +36,7 @@ class ExpectedJudge:
         self.template = template
         self.context = context
         self.prompt = load_judge_prompt(config.prompt)
-        self.verdict, self.digit_ids = _verdict_tokens(template, self.prompt.fill((), ""))
+        self.verdict, self.digit_ids = verdict_tokens(template, self.prompt.fill((), ""))
 
     def score(
         self, prompts: Sequence[Prompt], candidates: Sequence[Sequence[Sample]]
@@ -62,11 +62,12 @@ class ExpectedJudge:
         return self.template.encode_prompt(request, prefill=self.verdict.format(0))[:-1]
 
 
-def _verdict_tokens(template: ChatTemplate, request: Prompt) -> tuple[str, list[int]]:
+def verdict_tokens(template: ChatTemplate, request: Prompt) -> tuple[str, list[int]]:
     """The spelling of the verdict, and the ids of the digits 0 to 5 where it ends.
 
     Tokenizers write " 3" as one token or as a space and "3"; with the digit's own token cut off,
-    whatever they share is part of the prefix either way.
+    whatever they share is part of the prefix either way. Raises UserError where a digit is no
+    token of its own.
     """
     for verdict in ("Score: {}", "Score:{}"):
         encoded = [template.encode_prompt(request, prefill=verdict.format(d)) for d in DIGITS]

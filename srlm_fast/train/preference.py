@@ -40,6 +40,8 @@ BROKEN = (
     "the model's first log-probabilities are not finite, before any training: its weights, or its"
     " attention in this dtype, are broken"
 )
+# Of losses, by the settings that they are.
+OPTIONS = {"label_smoothing": "label_smoothing", "gamma": "simpo_gamma", "alpha": "rdpo_alpha"}
 # These are -log sigmoid(0) where policy and reference are equal, whatever their settings.
 SIGMOID_FAMILY = (losses.dpo, losses.spa, losses.robust, losses.sigmoid_norm)
 
@@ -184,19 +186,24 @@ def pair_smoothing(
 def pair_loss(config: PreferenceConfig) -> Callable[..., Tensor]:
     """The loss that `config.loss_type` names, without the likelihood term.
 
-    Raises UserError when there is no such loss, or when it refuses its options.
+    Raises UserError when there is no such loss, when it refuses its options, or when an option is
+    set that it does not have.
     """
     if config.loss_type not in losses.LOSSES:
         known = ", ".join(losses.LOSSES)
         raise UserError(f"unknown preference.loss_type {config.loss_type!r}; use one of {known}")
-    options = {
-        "label_smoothing": config.label_smoothing, "gamma": config.simpo_gamma,
-        "alpha": config.rdpo_alpha,
-    }  # fmt: skip
     kind: Any = losses.LOSSES[config.loss_type]
-    taken = {field.name for field in dataclasses.fields(kind)}
+    taken, options = {field.name for field in dataclasses.fields(kind)}, {}
+    for option, setting in OPTIONS.items():
+        value = getattr(config, setting)
+        if option in taken:
+            options[option] = value
+        elif value != getattr(PreferenceConfig, setting):
+            raise UserError(
+                f"preference.{setting} is nothing to loss_type {config.loss_type}; leave it out"
+            )
     try:
-        loss = kind(beta=config.beta, **{k: v for k, v in options.items() if k in taken})
+        loss = kind(beta=config.beta, **options)
     except ValueError as refusal:
         raise UserError(f"preference.loss_type {config.loss_type}: {refusal}") from None
     return cast(Callable[..., Tensor], loss)

@@ -50,6 +50,25 @@ from srlm_fast.recipes import load_config
         ("spa", {"spa.tau_window": "9", "spa.tau": "dataset"}, "spa.tau_window needs tau: window"),
         ("spa", {"spa.tau_interval": "9"}, "spa.tau_interval needs tau: dataset"),
         ("spa", {"spa.warmup_fraction": "1"}, "spa.warmup_fraction must be at least 0 and below 1"),
+        ("srlm", {"spa.alpha": "0.2"}, "spa.alpha is for method spa, or for srlm with spa.refine"),
+        ("srlm", {"spa.decoupled": "false"}, "spa.decoupled is for method spa, or for srlm"),
+        (
+            "srlm", {"spa.refine_srlm": "true", "spa.num_seed_pairs": "9"},
+            "spa.num_seed_pairs is for method spa; leave it out",
+        ),
+        ("spa", {"eft.max_tries": "3"}, "eft makes srlm's seed data, and spa has none of it"),
+        ("spa", {"data.trees": "x"}, "data.trees is what srlm learns from"),
+        ("srlm", {"data.preferences": "x"}, "data.preferences is what spa learns from"),
+        ("sandbox-spa", {"data.prompts": "x"}, "the sandbox makes its own data"),
+        ("srlm", {"data.num_test_prompts": "0"}, "data.num_test_prompts must be at least 1"),
+        (
+            "spa", {"pairs.length_control": "0.3"},
+            "of two there are none; raise sampling.num_candidates",
+        ),
+        (
+            "spa", {"pairs.anchored_rejection": "true", "rounds": "1"},
+            "from the second round on; set rounds to 2 or more",
+        ),
     ],
 )  # fmt: skip
 def test_senseless_combinations(recipe: str, changes: dict[str, str], complaint: str) -> None:
@@ -66,7 +85,9 @@ def test_senseless_combinations(recipe: str, changes: dict[str, str], complaint:
         ("sandbox-spa", {"spa.no_seed": "true", "judge.reference": "base"}),
         ("srlm", {"judge.kind": "implicit"}),
         ("srlm", {"judge.kind": "implicit", "judge.reference": "base", "eft.enabled": "false"}),
-        ("srlm", {"spa.refine_srlm": "true"}),
+        ("srlm", {"spa.refine_srlm": "true", "spa.alpha": "0.2", "spa.tau": "dataset"}),
+        ("spa", {"pairs.length_control": "0.3", "sampling.num_candidates": "3"}),
+        ("srlm", {"pairs.anchored_rejection": "true"}),
         ("spa", {"preference.label_smoothing": "0.1", "spa.self_refinement": "false"}),
     ],
 )

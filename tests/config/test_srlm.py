@@ -26,6 +26,7 @@ GREEDY = {"judge.temperature": "0", "judge.num_samples": "1"}
         (POSITIVES | {"judge.kind": "longest"}, "judge.kind longest gives others; take prompted"),
         (POSITIVES | {"judge.kind": "scorer", "judge.scorer": "a:b"}, "judge.kind scorer gives"),
         (POSITIVES | {"judge.kind": "expected"}, "must be below 5 with judge.kind expected"),
+        (POSITIVES | {"judge.kind": "random"}, "must be below 5 with judge.kind random"),
         (POSITIVES | {"pairs.length_control": "0.2"}, "positives makes no pairs; leave"),
         ({"sampling.temperature": "0"}, "^sampling.temperature must not be 0, nor top_k 1: the"),
         ({"sampling.top_k": "1"}, "candidates of a prompt would all be equal"),

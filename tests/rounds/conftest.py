@@ -20,14 +20,13 @@ TINY = {
     "--prompts.num_prompts": "8",
     "--evaluate.num_prompts": "4",
     "--evaluate.num_judge_groups": "3",
-    "--spa.num_seed_pairs": "6",
     "--judge.max_new_tokens": "6",
     "--preference.per_device_train_batch_size": "4",
     "--preference.logging_steps": "1",
 }
 # A model that has learned nothing cannot judge in words, so the SRLM loop here runs on a control.
 METHODS = {
-    "spa": {"--recipe": "sandbox-spa"},
+    "spa": {"--recipe": "sandbox-spa", "--spa.num_seed_pairs": "6"},
     "srlm": {"--recipe": "sandbox-srlm", "--judge.kind": "random", "--eft.target": "rank"},
 }
 

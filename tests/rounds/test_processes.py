@@ -31,8 +31,9 @@ SETTINGS = {
     "--spa.seed_learning_rate": "1e-5",
     "--preference.learning_rate": "1e-5",
 }
-FEW = {"--prompts.num_prompts": "2", "--evaluate.num_prompts": "1", "--spa.num_seed_pairs": "2"}
+FEW = {"--prompts.num_prompts": "2", "--evaluate.num_prompts": "1"}
 FEW["--evaluate.num_judge_groups"] = "1"
+SEED = {"--spa.num_seed_pairs": "2"}
 SHARD = {"--sft.parallel": "shard", "--preference.parallel": "shard"}
 SHARD |= {"--preference.save_steps": "1", "--preference.logging_steps": "2"}
 
@@ -95,8 +96,8 @@ def script() -> None:
     run("resumed-by-one", 1, ["--resume", "--out", "by-one"])
     run("srlm-one", 1, words("srlm-one", "srlm", **FEW))
     run("srlm-three", 3, words("srlm-three", "srlm", **FEW))
-    run("few-one", 1, words("few-one", **FEW))
-    run("few-three", 3, words("few-three", **FEW))
+    run("few-one", 1, words("few-one", **FEW, **SEED))
+    run("few-three", 3, words("few-three", **FEW, **SEED))
     run("sharded", 2, words("sharded", **SHARD))
     run("sharded-killed", 2, words("sharded-killed", **SHARD), on_all("train/DPO", kill))
     shutil.copytree("sharded-killed/state", "sharded-state")

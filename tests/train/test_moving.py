@@ -76,5 +76,5 @@ def test_adapters_have_no_mean():
         with pytest.raises(UserError, match="mean of two LoRA adapters"):
             Config(lora=lora, preference=preference)
     with pytest.raises(UserError, match="mean of two LoRA adapters"):
-        Config(lora=lora, preference=replace(hard, sync_ref_model=False, reference="ema"))
+        Config(lora=lora, preference=PreferenceConfig(reference="ema", ref_model_mixup_alpha=1.0))
     Config(lora=lora, preference=hard)

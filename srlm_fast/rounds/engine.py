@@ -246,11 +246,10 @@ class Engine:
         return samples, Counter({"prompt too long": len(prompts) - len(fitting)})
 
     def with_room(self, prompts: Sequence[Prompt]) -> list[tuple[Prompt, list[int]]]:
-        """Those that leave room for `sampling.max_new_tokens`, with their token ids.
-
-        Raises UserError when there is none.
-        """
-        room = self.context - self.config.sampling.max_new_tokens
+        """Those that leave room for `sampling.max_new_tokens`, and an EOS where one is forced, with
+        their token ids. Raises UserError when there is none."""
+        sampling = self.config.sampling
+        room = self.context - sampling.max_new_tokens - sampling.force_eos
         encoded = [(prompt, self.template.encode_prompt(prompt)) for prompt in prompts]
         fitting = [(prompt, ids) for prompt, ids in encoded if len(ids) <= room]
         if not prompts:

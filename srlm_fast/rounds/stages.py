@@ -77,7 +77,9 @@ def seed_pairs(engine: Engine, task: Task) -> list[Pair]:
             for g in groups
         ]
         pairs, ties = select_pairs(groups, verdicts, round=0)
-        return pairs[: config.spa.num_seed_pairs], {"dropped": dict(dropped + unusable + ties)}
+        surplus = Counter(surplus=max(0, len(pairs) - config.spa.num_seed_pairs))
+        drops = dropped + unusable + ties + surplus
+        return pairs[: config.spa.num_seed_pairs], {"dropped": dict(drops)}
 
     return _some(
         engine.run.records("seed/pairs", Pair, make),
@@ -132,7 +134,8 @@ def candidates(engine: Engine, prompts: Sequence[Prompt], t: int) -> list[Sample
         if engine.config.pairs.anchored_rejection:
             samples = with_anchors(engine, prompts, samples, t)
         tokens = sum(len(s.response_ids) for s in samples)
-        return samples, {"dropped": dict(dropped), "tokens": tokens}
+        counts = {"dropped": dict(dropped), "tokens": tokens}
+        return samples, {**counts, "dtype": str(engine.model.dtype)}
 
     return ended(engine, engine.run.records(f"round-{t}/samples", Sample, make))
 
@@ -164,7 +167,11 @@ def judgements(
         row = {id(s): i for i, s in enumerate(samples)}
         usable, dropped = drop_unusable(by_prompt(samples), engine.config.sampling.keep_truncated)
         groups = [group for group in usable if group]
-        judge = engine.judge(f"judge-{t}", initial or engine.base, before, own_round=t)
+        # A run may be resumed on another device, where `dtype: auto` is another one.
+        drew = engine.run.info(f"round-{t}/samples")["dtype"] == str(engine.model.dtype)
+        judge = engine.judge(
+            f"judge-{t}", initial or engine.base, before, own_round=t if drew else None
+        )
         verdicts = judge.score([g[0].prompt for g in groups], groups)
         flat = [
             replace(v, sample=row[id(s)])

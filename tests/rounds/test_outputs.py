@@ -72,6 +72,16 @@ def test_counts_add_up(finished: tuple[str, Path]) -> None:
         assert stages[f"round-{t}/pairs"]["rows"] + lost == prompts
 
 
+def test_every_seed_prompt_makes_a_pair_or_is_counted(finished: tuple[str, Path]) -> None:
+    """Regression: what was annotated beyond `spa.num_seed_pairs` was gone without a word."""
+    method, out = finished
+    if method == "spa":
+        seed = json.loads((out / "manifest.json").read_text())["stages"]["seed/pairs"]
+        reasons = ("tie", "fewer than two judged", "prompt too long", "surplus")
+        lost = sum(seed["info"]["dropped"].get(reason, 0) for reason in reasons)
+        assert seed["rows"] + lost == 2 * 6, "twice as many as are wanted, for ties"
+
+
 def test_rounds_use_new_prompts(finished: tuple[str, Path]) -> None:
     _, out = finished
     rounds = [read_jsonl(out / f"round-{t}" / "samples.jsonl", Sample) for t in (1, 2)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,10 @@ import pytest
 
 from srlm_fast.data.jsonl import read_jsonl
 from srlm_fast.data.records import Judgement, Sample
+from srlm_fast.rounds import stages
 from srlm_fast.sampler import Sampler
 
+WITHOUT_SEED = {"rounds": "1", "spa__no_seed": "true", "judge__reference": "base"}
 Key = tuple[tuple[int, ...], tuple[int, ...]]
 
 
@@ -44,3 +47,29 @@ def test_passes_of_the_judge(
     if passes == 1:
         for sample, verdict in zip(judged, verdicts, strict=True):
             assert verdict.votes[0].text.startswith(f"log pi={sum(sample.logprobs):.4f} ")
+
+
+def test_what_was_drawn_in_another_dtype_is_scored_again(
+    run_loop: Any, tmp_path: Path, scored: Counter[Key], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`dtype: auto` may be another one on the device where a run is resumed."""
+    out = tmp_path / "run"
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stages, "drop_unusable", stop)
+        assert run_loop("spa", out, **WITHOUT_SEED) == 130
+    manifest = json.loads((out / "manifest.json").read_text())
+    samples = manifest["stages"]["round-1/samples"]["info"]
+    assert samples["dtype"] == "torch.float32"
+    samples["dtype"] = "torch.bfloat16"
+    (out / "manifest.json").write_text(json.dumps(manifest))
+    scored.clear()
+    assert run_loop("spa", out, "--resume", **WITHOUT_SEED) == 0
+    judged = read_jsonl(out / "round-1/judgements.jsonl", Judgement)
+    drawn = read_jsonl(out / "round-1/samples.jsonl", Sample)
+    keys = [(drawn[v.sample].prompt_ids, drawn[v.sample].response_ids)
+            for v in judged if v.sample is not None]  # fmt: skip
+    assert keys and {scored[key] for key in keys} == {2}

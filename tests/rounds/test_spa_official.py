@@ -8,17 +8,19 @@ beta and an odd number of responses in tests/judge/test_implicit.py.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
 
-from srlm_fast.config import SamplingConfig
+from srlm_fast.config import Config, SamplingConfig
 from srlm_fast.data.jsonl import read_jsonl
-from srlm_fast.data.records import Judgement, Pair, Sample
+from srlm_fast.data.records import Judgement, Pair, Sample, user
 from srlm_fast.errors import UserError
 from srlm_fast.model.load import load_model
 from srlm_fast.recipes import load_config
+from srlm_fast.rounds.engine import Engine
 from srlm_fast.rounds.spa import refinement
 from srlm_fast.sampler import Sampler
 
@@ -69,6 +71,17 @@ def test_cut_off_responses_end_in_an_eos_that_is_judged_and_trained_on(
             float(s.score([list(sample.prompt_ids)], [[closed]])[0][0].sum()) for s in samplers
         )
         assert verdict.score == pytest.approx(policy - initial, abs=1e-4)
+
+
+def test_a_forced_eos_has_room() -> None:
+    """Regression: at the limit it stood behind the end of the context, where the implicit judge
+    gave no score, and CREAM's stopped the run."""
+    template = SimpleNamespace(encode_prompt=lambda prompt: list(range(int(prompt[0].content))))
+    for force_eos, lengths in ((False, [5, 6]), (True, [5])):
+        sampling = SamplingConfig(max_new_tokens=4, keep_truncated=True, force_eos=force_eos)
+        engine = SimpleNamespace(context=10, config=Config(sampling=sampling), template=template)
+        found = Engine.with_room(cast(Engine, engine), [user("5"), user("6"), user("7")])
+        assert [len(ids) for _, ids in found] == lengths
 
 
 def test_an_eos_can_only_be_forced_on_what_is_kept() -> None:

@@ -33,7 +33,8 @@ _VERDICT = re.compile(
     (?: (?: response | answer | assistant ) \s++ )?
     (?: \[\[? (?P<boxed> [abc] | tie ) \]
       | (?P<word> b | tie | a (?! [^\S\n]+ (?! (?: is | wins | because | since | as ) \b ) \w ) )
-        \b (?! [\s*_"'\u201d\u2019]* (?: [,/|] | or\b ) [\s*_"'\u201c\u2018]* (?: [ab] | tie ) \b )
+        \b (?! [\s*_"'\u201d\u2019]* (?: [,/|&] | (?: or | and ) \b )
+                [\s*_"'\u201c\u2018]* (?: [ab] | tie ) \b )
     )
     | \[\[ (?P<code> [abc] ) \]\]                          # MT-Bench's, C for a tie
     """,

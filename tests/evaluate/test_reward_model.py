@@ -78,9 +78,9 @@ def test_exact_match_wants_every_pair_and_every_tie_as_the_human_has_it():
     assert reward_model_metrics(scores, ranks)["exact_match"] == 0.25
 
 
-def test_exact_match_does_not_ask_prompts_with_an_unscored_response():
-    metrics = reward_model_metrics([[5.0, None, 1.0], [1.0, 2.0]], [[0, 1, 2], [0, 1]])
-    assert metrics["exact_match"] == 0.0
+def test_exact_match_is_missed_where_a_response_is_unscored():
+    metrics = reward_model_metrics([[5.0, None, 1.0], [2.0, 1.0]], [[0, 1, 2], [0, 1]])
+    assert metrics["exact_match"] == 0.5
 
 
 def test_five_best_counts_perfect_scores_on_the_top_response():

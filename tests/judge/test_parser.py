@@ -89,6 +89,7 @@ UNREADABLE = [
     ("Score: 0\u20135", "out of range"),
     ("得分\uff1a100", "out of range"),
     ("Score: 4 and then Score: 7", "out of range"),
+    ("Score: 3 or 4", "out of range"),
     ("Score: **4** out of **10**", "out of range"),
     ("Score: [4]/10", "out of range"),
     ("Score: 4 points out of 10", "out of range"),

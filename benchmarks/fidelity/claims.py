@@ -63,6 +63,8 @@ def claims() -> Iterator[Claim]:
     """SRLM's rounds, duels and pairs, then SPA's tables."""
     for label, path, _, values in paper.CHAINS:
         for (low, worse), (high, better) in pairwise(values):
+            if worse == better:  # no order to claim
+                continue
             measure = _above(path, ("srlm", high), ("srlm", low))
             yield Claim("SRLM", f"{label}: {high} above {low}", f"{better} > {worse}", measure)
     for (name, opponent), (win, _, lose) in paper.DUELS.items():

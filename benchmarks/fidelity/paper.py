@@ -33,8 +33,8 @@ CHAINS = (
           (("SFT", 65.1), ("M1", 78.7), ("M2", 80.4), ("M3", 81.7))),
     Chain("5-best", "judge.five_best", 3,
           (("SFT", 39.6), ("M1", 41.5), ("M3", 43.2), ("M2", 44.3))),
-    # M2 and M3 are equal in the paper, so there is no order to claim.
-    Chain("exact match", "judge.exact_match", 3, (("SFT", 10.1), ("M1", 13.1), ("M2", 14.3))),
+    Chain("exact match", "judge.exact_match", 3,
+          (("SFT", 10.1), ("M1", 13.1), ("M2", 14.3), ("M3", 14.3))),
     Chain("Spearman", "judge.spearman", 3,
           (("SFT", 0.253), ("M1", 0.279), ("M2", 0.331), ("M3", 0.349))),
     Chain("Kendall tau", "judge.kendall_tau", 3,

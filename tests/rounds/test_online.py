@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -156,4 +157,4 @@ def test_senseless_settings_are_refused() -> None:
     spa = SPAConfig(tau="dataset")
     with pytest.raises(UserError, match=r"spa\.tau dataset"):
         Config(online=True, method="spa", spa=spa)
-    Config(online=True, method="srlm", spa=spa)
+    Config(online=True, method="spa", spa=replace(spa, self_refinement=False))

@@ -28,9 +28,9 @@ SETTINGS = {
     "--sandbox.cache_dir": "cache",
     # Adam's first steps are as long for a gradient that is all rounding as for any other.
     "--sft.learning_rate": "1e-4",
-    "--spa.seed_learning_rate": "1e-5",
     "--preference.learning_rate": "1e-5",
 }
+OF_A_SEED = {"spa": {"--spa.seed_learning_rate": "1e-5"}}
 FEW = {"--prompts.num_prompts": "2", "--evaluate.num_prompts": "1"}
 FEW["--evaluate.num_judge_groups"] = "1"
 SEED = {"--spa.num_seed_pairs": "2"}
@@ -39,7 +39,8 @@ SHARD |= {"--preference.save_steps": "1", "--preference.logging_steps": "2"}
 
 
 def words(out: str, method: str = "spa", **changes: str) -> list[str]:
-    settings = {**SETTINGS, **METHODS[method], **({"--out": out} if out else {}), **changes}
+    settings = {**SETTINGS, **METHODS[method], **OF_A_SEED.get(method, {}), **changes}
+    settings |= {"--out": out} if out else {}
     return [word for item in settings.items() for word in item]
 
 

@@ -108,6 +108,7 @@ def test_a_seed_and_prompts_are_asked_for_otherwise(
     with_seed = [word for word in argv if word not in ("--spa.no_seed", "true")]
     assert main(with_seed) == 2
     assert "give a file with --data.preferences" in capsys.readouterr().err
-    self_instruct = ["--judge.kind", "prompted", "--prompts.source", "self_instruct"]
+    self_instruct = ["--judge.kind", "prompted", "--judge.prompt", "sandbox"]
+    self_instruct += ["--prompts.source", "self_instruct"]
     assert main([*argv, *self_instruct, "--judge.max_new_tokens", "9"]) == 2
     assert "prompts.source is self_instruct" in capsys.readouterr().err

@@ -235,8 +235,8 @@ def _check_room(config: Config, context: int) -> None:
 
 
 def _check_judges(config: Config, template: ChatTemplate, context: int) -> None:
-    """What judges read must leave room for a question and a response, and what they write must be
-    readable. What is asked without either shows it."""
+    """A judge's prompt, here without question and response, must leave room for them; and what is
+    `expected` must be tokens."""
     asked: list[tuple[str, Prompt, int]] = []
     if config.judge.kind in ("prompted", "expected") or config.teaches_judging:
         request = load_judge_prompt(config.judge.prompt).fill((), "")

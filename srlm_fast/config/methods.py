@@ -53,8 +53,8 @@ def _check_unused(config: Config) -> None:
     spa, data, is_spa = config.spa, config.data, config.method == "spa"
     used = {field.name for field in fields(spa)} if is_spa or spa.refine_srlm else set()
     used -= set() if is_spa else set(OF_THE_SEED)
+    cure = "" if spa.refine_srlm else ", or for srlm with spa.refine_srlm true"
     for field in fields(spa):
-        cure = "" if spa.refine_srlm else ", or for srlm with spa.refine_srlm true"
         require(
             field.name in used or getattr(spa, field.name) == field.default,
             f"spa.{field.name} is for method spa{cure}; leave it out",

@@ -168,7 +168,7 @@ def judgements(
         usable, dropped = drop_unusable(by_prompt(samples), engine.config.sampling.keep_truncated)
         groups = [group for group in usable if group]
         # A run may be resumed on another device, where `dtype: auto` is another one.
-        drew = engine.run.info(f"round-{t}/samples")["dtype"] == str(engine.model.dtype)
+        drew = engine.run.info(f"round-{t}/samples").get("dtype") == str(engine.model.dtype)
         judge = engine.judge(
             f"judge-{t}", initial or engine.base, before, own_round=t if drew else None
         )

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from srlm_fast.config import Config, JudgeConfig, SamplingConfig
 from srlm_fast.data.records import Sample, user
@@ -121,7 +122,10 @@ def engine(tmp_path: Path) -> Any:
     context = ROOM + CONFIG.judge.max_new_tokens
     judge = PromptedJudge(sampler, template, CONFIG.judge, seed=0, context=context)  # type: ignore
     run = Run(tmp_path / "run", CONFIG, {})
-    return SimpleNamespace(run=run, config=CONFIG, base=None, judge=lambda *_: judge)
+    model = SimpleNamespace(dtype=torch.float32)
+    return SimpleNamespace(
+        run=run, config=CONFIG, base=None, model=model, judge=lambda *_, **__: judge
+    )
 
 
 def transcribed() -> list[tuple[str, int, int, Fraction, Fraction]]:

@@ -52,7 +52,7 @@ from srlm_fast.sandbox.model import new_model
 from srlm_fast.sandbox.pretrain import RECORD, make_base_model
 from srlm_fast.sandbox.task import make_task
 from srlm_fast.sandbox.tokenizer import make_tokenizer
-from srlm_fast.train.preference import pair_loss
+from srlm_fast.train.loss import pair_loss
 
 METHODS: dict[str, Callable[[Engine, Task], None]] = {
     "srlm": self_rewarding,

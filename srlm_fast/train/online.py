@@ -14,11 +14,12 @@ from srlm_fast.data.records import Pair
 from srlm_fast.parallel import ALONE, Ranks
 from srlm_fast.train.fit import fit
 from srlm_fast.train.layout import choose_layout
+from srlm_fast.train.loss import pair_loss
 from srlm_fast.train.metrics import LateMeans, Log
 from srlm_fast.train.moving import MovingReference
 from srlm_fast.train.noise import NoiseDetector, Refinement
 from srlm_fast.train.plan import Item, MicroBatches, longest_row, sort_out
-from srlm_fast.train.preference import PairForward, PreferenceSteps, late_summary, pair_loss, wide
+from srlm_fast.train.preference import PairForward, PreferenceSteps, late_summary, wide
 from srlm_fast.train.reference import choose_reference
 
 # The pairs of the step of that number (from 0), made with the model as it is then.

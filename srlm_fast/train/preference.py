@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +22,7 @@ from srlm_fast.train.checkpoint import checkpoints_of
 from srlm_fast.train.evaluation import held_out_items, held_out_means
 from srlm_fast.train.fit import fit
 from srlm_fast.train.layout import choose_layout
+from srlm_fast.train.loss import pair_loss
 from srlm_fast.train.metrics import LateMeans, Log, Micro
 from srlm_fast.train.moving import MovingReference
 from srlm_fast.train.noise import NoiseDetector, Refinement
@@ -40,8 +40,6 @@ BROKEN = (
     "the model's first log-probabilities are not finite, before any training: its weights, or its"
     " attention in this dtype, are broken"
 )
-# Of losses, by the settings that they are.
-OPTIONS = {"label_smoothing": "label_smoothing", "gamma": "simpo_gamma", "alpha": "rdpo_alpha"}
 # These are -log sigmoid(0) where policy and reference are equal, whatever their settings.
 SIGMOID_FAMILY = (losses.dpo, losses.spa, losses.robust, losses.sigmoid_norm)
 
@@ -181,32 +179,6 @@ def pair_smoothing(
     if not all(0 <= e <= 1 for e in found):
         raise UserError("the label_smoothing of a pair must lie in 0..1")
     return found
-
-
-def pair_loss(config: PreferenceConfig) -> Callable[..., Tensor]:
-    """The loss that `config.loss_type` names, without the likelihood term.
-
-    Raises UserError when there is no such loss, when it refuses its options, or when an option is
-    set that it does not have.
-    """
-    if config.loss_type not in losses.LOSSES:
-        known = ", ".join(losses.LOSSES)
-        raise UserError(f"unknown preference.loss_type {config.loss_type!r}; use one of {known}")
-    kind: Any = losses.LOSSES[config.loss_type]
-    taken, options = {field.name for field in dataclasses.fields(kind)}, {}
-    for option, setting in OPTIONS.items():
-        value = getattr(config, setting)
-        if option in taken:
-            options[option] = value
-        elif value != getattr(PreferenceConfig, setting):
-            raise UserError(
-                f"preference.{setting} is nothing to loss_type {config.loss_type}; leave it out"
-            )
-    try:
-        loss = kind(beta=config.beta, **options)
-    except ValueError as refusal:
-        raise UserError(f"preference.loss_type {config.loss_type}: {refusal}") from None
-    return cast(Callable[..., Tensor], loss)
 
 
 def check_start(

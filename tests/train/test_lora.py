@@ -13,8 +13,9 @@ from benchmarks.train_engines import random_pairs, trl_trainer
 from srlm_fast.config import LoraConfig, PreferenceConfig, TrainConfig
 from srlm_fast.errors import UserError
 from srlm_fast.model.adapters import POLICY, Adapters
+from srlm_fast.train.loss import pair_loss
 from srlm_fast.train.noise import Refinement
-from srlm_fast.train.preference import PairForward, pair_loss, train_preference
+from srlm_fast.train.preference import PairForward, train_preference
 from srlm_fast.train.reference import LiveReference, LoraReference
 from srlm_fast.train.sft import train_sft
 

@@ -9,7 +9,8 @@ import torch
 
 from benchmarks.train_engines import policy_and_reference, random_pairs, trl_trainer
 from srlm_fast.config import PreferenceConfig
-from srlm_fast.train.preference import PairForward, pair_loss, train_preference
+from srlm_fast.train.loss import pair_loss
+from srlm_fast.train.preference import PairForward, train_preference
 from srlm_fast.train.reference import LiveReference
 from srlm_kernels import losses
 

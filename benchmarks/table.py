@@ -20,7 +20,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def render(rows: list[Row]) -> str:
     """Markdown. Of repeated rows the last counts; results of another kind are passed over."""
-    latest = {key(row): row for row in rows if "variant" in row}
+    latest = {key(row): row for row in rows if "case" in row}
     devices: dict[str, dict[tuple[str, str], list[Row]]] = {}
     for row in latest.values():
         cases = devices.setdefault(_device(row), {})

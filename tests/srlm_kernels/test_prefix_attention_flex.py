@@ -9,7 +9,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.attention.flex_attention import create_block_mask, create_mask, flex_attention
 
 from srlm_kernels import PrefixPlan, prefix_attention, prefix_attention_flex
-from srlm_kernels.prefix_attention import refusal, sees
+from srlm_kernels.prefix_attention import choose, refusal, sees
 from tests.srlm_kernels.packed_rows import HEADS, PLANS, Heads, Row, errors, with_gradients
 
 CPU = torch.device("cpu")
@@ -139,7 +139,7 @@ def test_on_the_cpu_it_is_only_taken_by_name_and_without_gradients() -> None:
         attend(*inputs)
     with torch.no_grad():
         assert refusal("flex", *inputs) is None
-        assert prefix_attention(*inputs).equal(prefix_attention(*inputs, impl="pieces"))
+        assert choose(*inputs)[0] != "flex"
     sinks = torch.zeros(row.heads.query, requires_grad=True)
     constant = (*(x.detach() for x in inputs[:3]), row.plan)
     assert "no backward" in refusal("flex", *constant, sinks=sinks)

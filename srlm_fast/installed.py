@@ -17,7 +17,7 @@ from srlm_fast.errors import UserError
 from srlm_kernels.backends import row_backend
 
 REQUIRED = ("torch", "triton", "transformers", "tokenizers", "safetensors", "numpy")
-OPS = ("linear_logp", "linear_preference_loss", "prefix_attention")
+OPS = ("linear_logp", "linear_preference_loss", "prefix_attention", "layers")
 SAMPLER_OPS = "tree_attention, kv_write, sample"
 # extra of pyproject.toml: (distribution, the module whose import shows that it works)
 OPTIONAL = {

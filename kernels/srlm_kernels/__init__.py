@@ -2,10 +2,11 @@
 
 Ops with an LM head: `linear_logp`, `linear_preference_loss`; `losses` are what the latter takes as
 `loss_fn`. For training: `prefix_attention`. For sampling: `tree_attention`, `merge_states`,
-`kv_write`, `sample`, `invariant_linear`. `explain`: which implementation of an op runs here.
+`kv_write`, `sample`, `invariant_linear`. For both, on a CPU: `layers`. `explain`: which
+implementation of an op runs here.
 """
 
-from srlm_kernels import losses
+from srlm_kernels import layers, losses
 from srlm_kernels.explanation import explain
 from srlm_kernels.invariant_linear import invariant_linear
 from srlm_kernels.kv_write import kv_write
@@ -28,6 +29,7 @@ __all__ = [
     "explain",
     "invariant_linear",
     "kv_write",
+    "layers",
     "linear_logp",
     "linear_preference_loss",
     "losses",

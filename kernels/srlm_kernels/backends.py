@@ -21,6 +21,7 @@ _NATIVE = {
 _LACKS = {
     ("merge_states", "cpp"): "in C++ it is a part of tree_attention",
     ("invariant_linear", "triton"): "it is for CPUs",
+    ("layers", "triton"): "on a GPU Liger has such kernels",
 }
 
 
@@ -70,6 +71,8 @@ def refusal(name: str, logits: Tensor, op: str = "") -> str | None:
         return native.why()
     if op == "invariant_linear" and not native.has(op):
         return "it was built without AVX-512, where a BLAS is faster"
+    if op == "layers" and not native.has("rms_norm"):
+        return "the C++ library is of before they were there; build it again"
     return None
 
 

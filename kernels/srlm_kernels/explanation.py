@@ -20,6 +20,7 @@ _DECIDES = {
     "kv_write": "key",
     "sample": "logits",
     "invariant_linear": "x",
+    "layers": "x",
 }
 OPS = (*_HEAD_OPS, "prefix_attention", *_DECIDES)
 _WHAT = {

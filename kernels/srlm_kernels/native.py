@@ -12,7 +12,8 @@ from srlm_kernels.logits_grad import narrowed
 
 _OPS = (
     "row_stats", "logits_grad", "gemm", "sample", "kv_write", "tree_attention", "invariant_linear",
-    "prefix_attention", "prefix_attention_backward",
+    "prefix_attention", "prefix_attention_backward", "rms_norm", "rms_norm_backward", "swiglu",
+    "swiglu_backward", "rotary",
 )  # fmt: skip
 
 

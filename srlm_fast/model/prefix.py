@@ -18,6 +18,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from srlm_fast.model.attention import attention_named
 from srlm_fast.model.forward import hidden_states, lm_head
+from srlm_fast.model.layers import fused_layers
 from srlm_fast.model.load import context_length, text_config
 from srlm_fast.model.phase import inference
 from srlm_fast.model.probe import probe
@@ -38,7 +39,7 @@ def packed_states(model: Any, input_ids: Tensor, position_ids: Tensor, plan: Pre
 def _attending(model: Any, plan: PrefixPlan) -> Iterator[None]:
     token = _PLAN.set(plan)
     try:
-        with attention_named(text_config(model), _NAME):
+        with attention_named(text_config(model), _NAME), fused_layers(model):
             yield
     finally:
         _PLAN.reset(token)

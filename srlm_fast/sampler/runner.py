@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 from srlm_fast.errors import UserError
 from srlm_fast.model.attention import attention_named
 from srlm_fast.model.forward import Head, decoder, lm_head
+from srlm_fast.model.layers import fused_layers
 from srlm_fast.model.load import text_config
 from srlm_fast.model.phase import inference
 from srlm_fast.model.probe import Layers
@@ -47,8 +48,14 @@ class Runner:
                 f" {weight.dtype} on {weight.device}; make a new Sampler for it"
             )
         ours = self.impl == "auto" and self.device.type == "cpu"
-        products = invariant_linears(self.model) if ours else nullcontext()
-        with inference(self.model), attention_named(text_config(self.model), PAGED), products:
+        with (
+            inference(self.model),
+            attention_named(text_config(self.model), PAGED),
+            ExitStack() as own,
+        ):
+            if ours:
+                own.enter_context(invariant_linears(self.model))
+                own.enter_context(fused_layers(self.model))
             yield
 
     @property

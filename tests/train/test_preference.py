@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch.nn.functional import logsigmoid
-from transformers.models.mistral.modeling_mistral import MistralMLP
+from transformers.models.mistral.modeling_mistral import MistralDecoderLayer
 
 from srlm_fast.config import PreferenceConfig
 from srlm_fast.errors import UserError
@@ -381,14 +381,14 @@ def test_gradient_checkpointing_computes_layers_again_and_changes_nothing(
     train, layout, monkeypatch
 ):
     calls = 0
-    forward = MistralMLP.forward
+    forward = MistralDecoderLayer.forward
 
-    def counted(self, x):
+    def counted(self, *args, **kwargs):
         nonlocal calls
         calls += torch.is_grad_enabled()
-        return forward(self, x)
+        return forward(self, *args, **kwargs)
 
-    monkeypatch.setattr(MistralMLP, "forward", counted)
+    monkeypatch.setattr(MistralDecoderLayer, "forward", counted)
     config = replace(CONFIG, layout=layout)
     plain, summary, _ = train(config, REFINE)
     once, calls = calls, 0

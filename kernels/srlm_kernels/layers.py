@@ -16,6 +16,7 @@ from srlm_kernels import native
 
 _BLOCK = 64  # rows to one part of a norm's gradient in its weight, as in csrc/layers.cpp
 _DTYPES = (torch.float32, torch.bfloat16)
+_TYPES = (Tensor, torch.nn.Parameter)
 
 
 def available() -> bool:
@@ -25,11 +26,11 @@ def available() -> bool:
 
 def takes(*tensors: Tensor) -> bool:
     """Whether they are plain tensors of one dtype, fp32 or bf16, on the CPU."""
-    first = tensors[0].dtype
-    return first in _DTYPES and all(
-        type(x) in (Tensor, torch.nn.Parameter) and x.dtype == first and x.device.type == "cpu"
-        for x in tensors
-    )
+    dtype = tensors[0].dtype
+    for x in tensors:
+        if type(x) not in _TYPES or x.dtype is not dtype or not x.is_cpu:
+            return False
+    return dtype in _DTYPES
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:

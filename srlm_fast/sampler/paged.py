@@ -194,8 +194,13 @@ class PagedEngine:
 
     def _grow(self, pages: int) -> None:
         """Room for `pages` beside what is cached, within the limit."""
+        memory = self.runner.memory
         cached = self.pool.size - self.pool.free
         wanted = min(self.max_pages, pages + cached)
-        if wanted > self.runner.memory.pages:
-            self.runner.memory.resize(wanted)
+        if wanted > memory.pages:
+            # What is there is copied. On a CPU nothing is behind a page until it is written, so
+            # that twice the pages cost no more, and many small calls copy little.
+            spare = 2 * memory.pages if self.device.type == "cpu" else 0
+            wanted = min(self.max_pages, max(wanted, spare))
+            memory.resize(wanted)
             self.pool.grow(wanted)

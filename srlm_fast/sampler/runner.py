@@ -78,6 +78,7 @@ class Runner:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[R, V] float32 logits of hidden states [R, D]."""
+        head = self.head
         if self.impl == "torch":
-            return self.head.logits(hidden)
-        return self.head.finish(head_products(self.head, hidden))
+            return head.logits(hidden)
+        return head.finish(head_products(head, hidden))

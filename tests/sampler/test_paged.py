@@ -10,6 +10,7 @@ import torch
 from srlm_fast.errors import UserError
 from srlm_fast.sampler import Output, Sampler, SamplingParams
 from srlm_fast.sampler.paged import PagedEngine
+from srlm_fast.sampler.pool import KVMemory
 
 IMPLS = ["auto", "reference"]
 
@@ -247,3 +248,23 @@ def test_rows_of_different_parameters_run_together(
     assert tokens(together) == tokens(alone)
     with pytest.raises(ValueError, match="7 prompts, but 1 SamplingParams"):
         make().generate(prompts, mixed[:1])
+
+
+def test_small_calls_do_not_copy_all_memory_every_time(
+    make: Callable[..., Sampler], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copied = 0
+    resize = KVMemory.resize
+
+    def counted(self: KVMemory, pages: int) -> None:
+        nonlocal copied
+        copied += min(pages, self.pages)
+        resize(self, pages)
+
+    sampler = make()
+    monkeypatch.setattr(KVMemory, "resize", counted)
+    for i in range(3, 63):  # of a prompt that stays each
+        sampler.generate([[i] * 64], SamplingParams(n=1, max_tokens=2))
+    pages = engine(sampler).runner.memory.pages
+    assert 60 <= pages <= 2 * 62
+    assert copied <= 2 * pages

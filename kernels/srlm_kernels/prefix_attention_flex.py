@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 _NARROWEST = 16  # a tensor core's product
 _BLOCK = 128
 _ROWS = 8 * _BLOCK  # of tokens that are looked at together
+# By default 8, which layers with and without a window, with gradients and without, with keys that
+# take none (LoRA), and rows shorter than a block soon need.
+_GRAPHS = 64
 
 ScoreMod = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
@@ -108,12 +111,25 @@ def _listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
 
 @functools.cache
 def _run(device: str) -> Callable[..., Any]:
-    if device != "cuda":
-        return flex_attention
+    if device == "cuda":
+        return compiled()
+    return flex_attention
+
+
+def compiled(**options: Any) -> Callable[..., Any]:
+    """`flex_attention` as `torch.compile` with these options makes it."""
     # By default lengths become symbols when they first change, while scale, window and softcap, of
     # which a model has few, are constants. Out of recompilations, a full graph raises; otherwise it
     # would go on without a kernel, in silence.
-    return torch.compile(flex_attention, fullgraph=True)
+    graphs = torch.compile(flex_attention, fullgraph=True, **options)
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():  # as a part of a larger graph
+            return graphs(*args, **kwargs)
+        with torch._dynamo.config.patch(recompile_limit=_GRAPHS):
+            return graphs(*args, **kwargs)
+
+    return run
 
 
 @functools.cache

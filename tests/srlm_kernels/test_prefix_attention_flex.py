@@ -6,7 +6,8 @@ from functools import partial
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
-from torch.nn.attention.flex_attention import create_block_mask, create_mask, flex_attention
+from torch.nn.attention import flex_attention as torch_flex
+from torch.nn.attention.flex_attention import create_block_mask, create_mask
 
 from srlm_kernels import PrefixPlan, prefix_attention, prefix_attention_flex
 from srlm_kernels.prefix_attention import choose, refusal, sees
@@ -36,7 +37,7 @@ def compiled(monkeypatch: pytest.MonkeyPatch):
     """Makes the op on the CPU run what `torch.compile` with these options makes of it."""
 
     def use(**options: object) -> None:
-        run = torch.compile(flex_attention, fullgraph=True, **options)
+        run = prefix_attention_flex.compiled(**options)
         monkeypatch.setattr(prefix_attention_flex, "_run", lambda device: run)
 
     return use
@@ -118,6 +119,25 @@ def test_other_lengths_are_not_compiled_anew(compiled) -> None:
             truth = reference(*inputs, plan, window=window)
             torch.testing.assert_close(out, truth, rtol=0, atol=1e-5)
     assert counter.frame_count <= 4
+
+
+def test_a_windowed_model_does_not_run_out_of_recompilations(
+    compiled, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A self-test, then two lengths with gradients and without: torch's own limit is 8 graphs."""
+    # The CPU has no backward, which is not asked for here.
+    monkeypatch.setattr(torch_flex, "_validate_device", lambda *_: None)
+    counter = CompileCounterWithBackend("eager")
+    compiled(backend=counter)
+    monkeypatch.setattr(prefix_attention_flex, "refusal", lambda *_: None)
+    for prompt, gradients in [(6, False), (150, True), (150, False), (220, True), (40, True)]:
+        row = Row(PrefixPlan.of([(prompt, [4, 30])]), HEADS["grouped"])
+        for window in (None, 9):
+            with torch.set_grad_enabled(gradients):
+                attend(*row.leaves(torch.float32), row.plan, window=window)
+    with torch.no_grad():
+        attend(*row.leaves(torch.float32), row.plan)
+    assert counter.frame_count > torch._dynamo.config.recompile_limit
 
 
 @pytest.mark.slow

@@ -91,9 +91,13 @@ class PrefixPlan:
 
     def places(self, device: torch.device) -> Places:
         """The places of all tokens, on `device`; copied there once."""
-        return self.once(
-            ("places", device), lambda: Places(*(x.to(device) for x in self._host_places))
-        )
+
+        def copied(host: Tensor) -> Tensor:
+            if device.type == "cuda":
+                host = host.pin_memory()  # an unpinned copy would wait for the device
+            return host.to(device, non_blocking=True)
+
+        return self.once(("places", device), lambda: Places(*map(copied, self._host_places)))
 
     @cached_property
     def _host_places(self) -> Places:

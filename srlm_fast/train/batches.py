@@ -33,7 +33,8 @@ class Batch:
         response token; the first one is predicted by the last prompt token, which responses that
         share a prompt have in common.
     target: [N] int64, the response tokens, sequence after sequence.
-    cu_seqlens: [sequences + 1] int32, where each sequence's targets begin and end in [N].
+    cu_seqlens: [sequences + 1] int32, where each sequence's targets begin and end in [N]. On the
+        host, where the loss cuts its chunks by them: from a device they would be waited for.
     num_tokens: prompt and response tokens that are computed, padding not counted.
     plan: of the packed tokens; None: the batch is padded.
     """
@@ -96,7 +97,7 @@ def collate(
         position_ids=tensor(positions)[None] if layout == "shared" else _counted(shape, device),
         rows=tensor(predicting),
         target=tensor([token for _, response in rows for token in response]),
-        cu_seqlens=tensor([0, *accumulate(len(r) for _, r in rows)], dtype=torch.int32),
+        cu_seqlens=torch.tensor([0, *accumulate(len(r) for _, r in rows)], dtype=torch.int32),
         num_tokens=len(positions),
         plan=_plan(groups) if layout == "shared" else None,
     )

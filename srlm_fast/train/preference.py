@@ -203,7 +203,7 @@ def check_start(
             "and not 0: policy and reference do not take the same code path, dtype or weights"
         )
     if isinstance(loss, SIGMOID_FAMILY) and floor == 0.0:
-        nll = -(result.logp / batch.cu_seqlens.diff())[::2]
+        nll = -(result.logp / batch.cu_seqlens.diff().to(result.logp.device))[::2]
         losses_of_finite = result.losses[finite]
         error = float((losses_of_finite - rpo_alpha * nll[finite] - math.log(2)).abs().max())
         if not error <= 1e-6 * max(1.0, float(losses_of_finite.max())):

@@ -245,13 +245,14 @@ def _write(path: Path, tensors: dict[str, Tensor]) -> None:
 
 
 def _sums(model: Any, batch: Batch) -> Tensor:
-    """[items, 2] log-probabilities, summed in fp64 as the loss sums them."""
+    """[items, 2] log-probabilities, by the products of the loss and summed in fp64 as there."""
     head = lm_head(model)
     logp = linear_logp(
         batch.states(model), head.weight, batch.target, rows=batch.rows, bias=head.bias,
-        softcap=head.softcap, logit_scale=head.logit_scale,
+        softcap=head.softcap, logit_scale=head.logit_scale, impl="chunked",
     ).logp  # fmt: skip
-    sums = torch.segment_reduce(logp.double(), "sum", offsets=batch.cu_seqlens.long())
+    offsets = batch.cu_seqlens.to(logp.device, torch.int64)
+    sums = torch.segment_reduce(logp.double(), "sum", offsets=offsets)
     return sums.to(logp.dtype).view(-1, 2)
 
 
@@ -275,7 +276,7 @@ def _floor(model: Any, micros: Sequence[Sequence[int]], collate: Collate) -> flo
     with inference(model):
         together = _sums(model, batch)
         alone = torch.cat([_sums(model, collate([index])) for index in items])
-    lengths = batch.cu_seqlens.diff().view(-1, 2).clamp(min=1)
+    lengths = batch.cu_seqlens.diff().view(-1, 2).clamp(min=1).to(together.device)
     off = (together - alone).abs() * (longest / lengths).sqrt()
     sound = off.isfinite()  # an item that is not has no margin either
     if not bool(sound.any()):

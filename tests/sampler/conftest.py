@@ -8,6 +8,10 @@ import torch
 from tokenizers import Tokenizer, decoders, models
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from tests.pretended_gpu import gpu
+
+__all__ = ["gpu"]
+
 VOCAB = 96
 
 

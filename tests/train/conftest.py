@@ -3,7 +3,10 @@
 import pytest
 import torch
 
+from tests.pretended_gpu import gpu
 from tests.train import tiny
+
+__all__ = ["gpu"]
 
 
 @pytest.fixture

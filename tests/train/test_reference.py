@@ -139,6 +139,18 @@ def test_saving_changes_no_fingerprint(tmp_path):
     assert reference.fingerprint(model) == reference.fingerprint(loaded) == before
 
 
+def test_cached_sums_are_of_the_products_of_the_loss(train, monkeypatch):
+    """On a GPU scoring by itself takes other kernels, whose roundings no batch would show."""
+    taken, logp = [], reference.linear_logp
+    monkeypatch.setattr(
+        reference,
+        "linear_logp",
+        lambda *args, **options: taken.append(options["impl"]) or logp(*args, **options),
+    )
+    train("logps")
+    assert set(taken) == {"chunked"}
+
+
 @pytest.mark.parametrize("cache", ["logps", "states"])
 def test_another_start_is_found(train, cache, make_model, pairs, tmp_path):
     model, other = make_model(), frozen_copy(make_model(seed=1))

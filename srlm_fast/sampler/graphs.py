@@ -45,6 +45,7 @@ class StepGraphs:
         self._at: Hashable = None
         self._works = True
         self._pool: Any = None  # of memory for what lives within a step: graphs run one by one
+        self._stream: Any = None  # where graphs are recorded
 
     def run(self, state: State, plan: TreePlan, rules: Rules, steps: int) -> State:
         """The state after `steps` steps from `state`. Without graphs where the model cannot be
@@ -77,31 +78,37 @@ class StepGraphs:
             if len(self._graphs) >= _MOST_GRAPHS:
                 self.clear()
             try:
-                self._pool = self._pool or torch.cuda.graph_pool_handle()
-                self._graphs[key] = _Recorded(self._runner, state, plan, rules, self._pool)
+                self._graphs[key] = self._record(state, plan, rules)
             except RuntimeError as error:  # a model that waits for the GPU, for instance
                 self._works = False
+                self.clear()
                 _LOG.warning("decoding without CUDA graphs, slower: %s", error)
                 return None
         return self._graphs[key]
+
+    def _record(self, state: State, plan: TreePlan, rules: Rules) -> _Recorded:
+        self._pool = self._pool or torch.cuda.graph_pool_handle()
+        self._stream = self._stream or torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        # A recording that fails would leave its stream the current one for good.
+        with torch.cuda.stream(torch.cuda.current_stream()):
+            return _Recorded(self._runner, state, plan, rules, self._pool, self._stream)
 
 
 class _Recorded:
     """A step recorded on copies of `state`, `plan` and `rules`."""
 
     def __init__(
-        self, runner: Runner, state: State, plan: TreePlan, rules: Rules, pool: Any
+        self, runner: Runner, state: State, plan: TreePlan, rules: Rules, pool: Any, stream: Any
     ) -> None:
         self.state, self._plan, self._rules = _copies(state, plan, rules)
-        # Kernels are compiled and workspaces made by a step outside of the graph. It writes to
-        # memory what the first replay will write again.
-        side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
+        # Kernels are compiled, and workspaces of the stream made, by a step outside of the graph.
+        # It writes to memory what the first replay will write again.
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
             decode_step(runner, self.state, self._plan, self._rules)
-        torch.cuda.current_stream().wait_stream(side)
+        torch.cuda.current_stream().wait_stream(stream)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, pool=pool):
+        with torch.cuda.graph(self.graph, pool=pool, stream=stream):
             decode_step(runner, self.state, self._plan, self._rules)
 
     def load(self, state: State, plan: TreePlan, rules: Rules) -> None:

@@ -10,6 +10,7 @@ from srlm_fast.sampler import Sampler, SamplingParams
 from srlm_fast.sampler.decode import STEPS, decode_step
 from srlm_fast.sampler.graphs import StepGraphs, bucket, round_up
 from srlm_fast.sampler.paged import PagedEngine
+from tests.pretended_gpu import Device, on_gpu
 
 
 def test_sizes() -> None:
@@ -52,6 +53,58 @@ def test_padded_steps_draw_the_same_tokens(
     assert all(size == bucket(size) for size in bursts)
 
 
+@pytest.mark.parametrize("rows", [1, 7, 8, 9])
+def test_replays_on_a_pretended_gpu_draw_the_same_tokens(
+    rows: int, gpu: Device, make_model: Callable[..., Any]
+) -> None:
+    """Of what changes between steps nothing is left outside of the graph, or replaced in it."""
+    expected = generate(Sampler(make_model(), impl="reference"), rows)
+    sampler = Sampler(on_gpu(make_model()))
+    assert generate(sampler, rows) == expected
+    assert max(graph.replays for graph in gpu.graphs) >= STEPS
+    changed = make_model()
+    with torch.no_grad():
+        for model in (sampler.model, changed):
+            for parameter in model.parameters():
+                parameter.mul_(0.5)
+    expected = generate(Sampler(changed, impl="reference"), rows)
+    # There are more pages from the second call on, beside what is cached; then nothing moves.
+    assert [generate(sampler, rows) for _ in range(2)] == [expected] * 2
+    recorded = len(gpu.graphs)
+    assert generate(sampler, rows) == expected
+    assert len(gpu.graphs) == recorded
+
+
+def test_nothing_waits_within_a_burst_of_a_pretended_gpu(
+    gpu: Device, make_model: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sampler, run, bursts = Sampler(on_gpu(make_model())), StepGraphs.run, []
+
+    def watched(self: StepGraphs, *arguments: Any) -> Any:
+        bursts.append(arguments[-1])
+        with gpu.nothing_waits():
+            return run(self, *arguments)
+
+    monkeypatch.setattr(StepGraphs, "run", watched)
+    generate(sampler, 9)
+    assert max(bursts) == STEPS
+
+
+def test_a_model_that_waits_decodes_without_graphs_on_its_own_stream(
+    gpu: Device, make_model: Callable[..., Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    """A recording that fails leaves nothing behind: neither its stream nor its memory."""
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+    options = {"rope_parameters": rope, "max_position_embeddings": 256}
+    expected = generate(Sampler(make_model(**options), impl="reference"), 4)
+    sampler = Sampler(on_gpu(make_model(**options)))
+    assert generate(sampler, 4) == expected
+    assert [r.getMessage()[:28] for r in caplog.records] == ["decoding without CUDA graphs"]
+    assert gpu.stream == "default"
+    assert not sampler._engine.graphs._graphs
+    assert sampler._engine.graphs._pool is None
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("rows", [1, 2, 7, 8, 9, 31, 32, 33])
 def test_graphs_draw_the_same_tokens(
@@ -73,6 +126,7 @@ def test_nothing_waits_for_the_device_within_a_burst(
     """Once a graph is recorded: steps follow each other without the host."""
     sampler, run, bursts = Sampler(make_model().cuda()), StepGraphs.run, []
     expected = generate(sampler, 9)
+    generate(sampler, 9)  # there are pages more for what is cached now, and graphs are anew
 
     def watched(self: StepGraphs, *arguments: Any) -> Any:
         bursts.append(arguments[-1])
@@ -94,7 +148,7 @@ def test_rows_that_are_preempted_draw_the_same_tokens_through_graphs(
     model = make_model(max_position_embeddings=1024).cuda()
     params = SamplingParams(n=4, max_tokens=300, ignore_eos=True, seed=1)
     prompts = [[5, 6, 7] * 30, [5, 6, 7] * 22, [9]]
-    roomy, small = Sampler(model, batch_tokens=64 * 400), Sampler(model, batch_tokens=64 * 20)
+    roomy, small = Sampler(model, batch_tokens=64 * 400), Sampler(model, batch_tokens=64 * 19)
     expected, found = (sampler.generate(prompts, params) for sampler in (roomy, small))
     assert small._engine.preemptions > 0
     small._engine.check()

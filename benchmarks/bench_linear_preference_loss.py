@@ -171,7 +171,7 @@ def _oracle(batch: PairBatch, computes: str) -> Outputs:
             _sums(batch, t)
             for t in (logp, ref_logp, logp if extrapolated_logp is None else extrapolated_logp)
         ]
-        lengths = batch.cu_seqlens.diff()
+        lengths = batch.cu_seqlens.diff().to(logp.device)
         pairs = PairLogps(*(t[half::2] for t in (*sums, lengths) for half in (0, 1)))
         loss = LOSSES[computes](pairs).mean()
         outputs["loss"] = loss.detach()

@@ -167,11 +167,12 @@ def _plain(inputs: Inputs, computes: str) -> Outputs:
         logit, flagged = CONFIG.beta * margin, bool(computes) and bool(mixed_margin < 0)
         smoothing = Refinement().alpha if flagged else 0.0
         loss = -(1 - smoothing) * torch.nn.functional.logsigmoid(logit)
-        total = total + loss - smoothing * torch.nn.functional.logsigmoid(-logit)
-    (total / len(inputs.pairs)).backward()  # type: ignore[no-untyped-call]
+        loss = (loss - smoothing * torch.nn.functional.logsigmoid(-logit)) / len(inputs.pairs)
+        loss.backward()  # type: ignore[no-untyped-call]  # the logits of all would not fit
+        total += loss.detach()
     grads = [p.grad for p in policy.parameters() if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(grads)
-    return {"loss": total.detach() / len(inputs.pairs), "grad_norm": norm.cpu()}
+    return {"loss": total, "grad_norm": norm.cpu()}
 
 
 def _copies(inputs: Inputs) -> list[Any]:

@@ -90,7 +90,7 @@ class PairBatch:
     target: Tensor
     """[N]"""
     cu_seqlens: Tensor
-    """[2P + 1] into `rows`."""
+    """[2P + 1] into `rows`, on the host."""
     sequence: Tensor
     """[N]: which of the 2P packed sequences a row belongs to."""
     upstream: Tensor
@@ -131,7 +131,7 @@ def make(shape: Shape, dtype: torch.dtype, device: str) -> PairBatch:
         hidden.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_(),
         ref_hidden.to(dtype), ref_weight.to(dtype),
         target.masked_fill(~counts, IGNORED), rows, target[rows],
-        torch.tensor(offsets, device=device),
+        torch.tensor(offsets),
         torch.arange(len(lengths), device=device).repeat_interleave(lengths),
         normal(rows.shape[0]), shape.length,
     )  # fmt: skip

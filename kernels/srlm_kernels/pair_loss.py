@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import ClassVar
 
 from torch import Tensor
@@ -58,7 +58,8 @@ class WrittenLoss:
     def __post_init__(self) -> None:
         # Written when the loss is made. To a compiled function a string is a constant, but a float
         # may be an input of the graph, which nothing can print.
-        parts = [f'"{type(self).__name__}"', *[_json(option) for option in vars(self).values()]]
+        options = [getattr(self, field.name) for field in fields(self)]  # type: ignore[arg-type]
+        parts = [f'"{type(self).__name__}"', *map(_json, options)]
         object.__setattr__(self, "text", f"[{', '.join(parts)}]")
 
 

@@ -66,6 +66,7 @@ def load_model(
                 trust_remote_code=False,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # reported, and refused below in plainer words
+                **_attention(config),
             )
         except Exception as error:  # safetensors, torch and transformers have kinds of their own
             raise UserError(
@@ -238,6 +239,13 @@ def _causal_config(path: str) -> Any:
             " which is not a causal language model; give one that AutoModelForCausalLM can load"
         )
     return config
+
+
+def _attention(config: Any) -> dict[str, str]:
+    """SDPA knows no softcap of scores: older transformers leave it out, and say nothing."""
+    text = config.get_text_config(decoder=True)
+    capped = getattr(text, "attn_logit_softcapping", None) is not None
+    return {"attn_implementation": "eager"} if capped else {}
 
 
 def _check_path(path: str) -> None:

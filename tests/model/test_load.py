@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from srlm_fast.errors import UserError
 from srlm_fast.model.load import (
@@ -51,6 +52,15 @@ def test_dtype_auto_is_float32_on_a_cpu(
 ) -> None:
     make_model().to(torch.bfloat16).save_pretrained(tmp_path)
     assert load_model(str(tmp_path), device=CPU, dtype=asked).dtype == got
+
+
+def test_a_softcap_of_scores_is_kept(tmp_path: Path) -> None:
+    """transformers 5.17 takes SDPA for Gemma 2, which leaves it out."""
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "vocab_size": 9}
+    config = Gemma2Config(**sizes, num_attention_heads=2, num_key_value_heads=1, head_dim=8)
+    Gemma2ForCausalLM(config).save_pretrained(tmp_path)
+    loaded = load_model(str(tmp_path), device=CPU)
+    assert loaded.config._attn_implementation == "eager"
 
 
 def test_tokenizer_without_pad_token_pads_with_eos(folder: Path) -> None:

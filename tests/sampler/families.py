@@ -61,6 +61,7 @@ _PAGED: dict[str, dict[str, Any]] = {
     "gemma2": _HYBRID
     | {
         "attn_logit_softcapping": 3.0,
+        "attn_implementation": "eager",  # older transformers would take one without a softcap
         "final_logit_softcapping": 20.0,
         "query_pre_attn_scalar": 20,
     },

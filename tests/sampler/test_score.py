@@ -33,7 +33,14 @@ def naive(model: Any, prompt: list[int], completion: list[int]) -> torch.Tensor:
     "family,options",
     [
         ("llama", {}),
-        ("gemma2", {"final_logit_softcapping": 5.0, "sliding_window": 6}),
+        (
+            "gemma2",
+            {
+                "final_logit_softcapping": 5.0,
+                "sliding_window": 6,
+                "attn_implementation": "eager",  # of older transformers not the default
+            },
+        ),
         ("cohere", {"logit_scale": 0.25}),
         ("phi", {}),
         ("gpt2", {}),

@@ -235,7 +235,7 @@ def _changes_arguments(func: Any) -> bool:
 class _Recording:
     """Stands for `torch.cuda.graph`, which after an error leaves its stream the current one."""
 
-    def __init__(self, graph: Graph, pool: Any = None, stream: str = "capture") -> None:
+    def __init__(self, graph: Graph, *, pool: Any, stream: str, capture_error_mode: str) -> None:
         self._graph, self._stream = graph, stream
 
     def __enter__(self) -> None:

@@ -108,7 +108,9 @@ class _Recorded:
             decode_step(runner, self.state, self._plan, self._rules)
         torch.cuda.current_stream().wait_stream(stream)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, pool=pool, stream=stream):
+        # What other threads do meanwhile is no part of it, and no error.
+        mode = "thread_local"
+        with torch.cuda.graph(self.graph, pool=pool, stream=stream, capture_error_mode=mode):
             decode_step(runner, self.state, self._plan, self._rules)
 
     def load(self, state: State, plan: TreePlan, rules: Rules) -> None:

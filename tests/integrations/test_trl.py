@@ -18,6 +18,7 @@ datasets = pytest.importorskip("datasets", reason="datasets is not installed (wi
 import transformers  # noqa: E402
 
 from srlm_fast.integrations.trl import SrlmDPOTrainer, accelerate  # noqa: E402
+from srlm_fast.integrations.trl.packed import pack  # noqa: E402
 from tests.integrations.dpo_runs import (  # noqa: E402
     SHAPE,
     OnTokenIds,
@@ -313,3 +314,13 @@ def test_another_trl_and_none_are_refused(monkeypatch):
     monkeypatch.setattr("importlib.metadata.version", missing)
     with pytest.raises(UserError, match=r"pip install 'srlm_fast\[trl\]'"):
         check_trl()
+
+
+def test_what_a_batch_knows_on_the_host_stays_there():
+    """Ends of sequences on a GPU would be waited for in every step."""
+    ids, ones = torch.ones(2, 4, dtype=torch.int64), torch.ones(2, 4, dtype=torch.int64)
+    scored = torch.tensor([[0, 0, 1, 1]] * 2)
+    batch = {"input_ids": ids, "attention_mask": ones, "completion_mask": scored}
+    packed = pack(batch).to("meta")
+    assert packed.target.device.type == packed.rows.device.type == "meta"
+    assert packed.cu_seqlens.tolist() == [0, 2, 4]

@@ -75,7 +75,7 @@ def _sums(result: PreferenceLoss, packed: Packed, beta: float) -> dict[str, Tens
     assert result.entropy is not None and result.mean_logit is not None
     assert result.is_top1 is not None
     pairs = len(result.margins)
-    lengths = packed.cu_seqlens.diff()
+    lengths = packed.cu_seqlens.diff().to(packed.target.device, non_blocking=True)
     side = torch.arange(2 * pairs, device=lengths.device) % 2
     chosen = side.repeat_interleave(lengths, output_size=len(packed.target)) == 0
     rewards = beta * (result.logp - result.ref_logp).view(-1, 2)

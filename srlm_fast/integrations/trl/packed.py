@@ -42,8 +42,9 @@ class Packed:
         return self.batch.cu_seqlens
 
     def to(self, device: Any, **options: Any) -> Packed:
-        """With its tensors on `device`: accelerate's data loaders call this."""
-        names = ("input_ids", "position_ids", "rows", "target", "cu_seqlens")
+        """With its tensors on `device`: accelerate's data loaders call this. `cu_seqlens` stays on
+        the host, where the loss wants it."""
+        names = ("input_ids", "position_ids", "rows", "target")
         moved = {name: getattr(self.batch, name).to(device, **options) for name in names}
         return replace(
             self, batch=replace(self.batch, **moved), places=self.places.to(device, **options)

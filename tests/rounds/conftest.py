@@ -10,6 +10,7 @@ import pytest
 from srlm_fast.loop import main
 
 TINY = {
+    "--device": "cpu",  # where the same bytes are promised
     "--sandbox.pretrain_steps": "40",
     "--sandbox.num_ift": "24",
     "--sandbox.num_eft": "12",

@@ -246,10 +246,10 @@ def _write(path: Path, tensors: dict[str, Tensor]) -> None:
 
 def _sums(model: Any, batch: Batch) -> Tensor:
     """[items, 2] log-probabilities, by the products of the loss and summed in fp64 as there."""
-    head = lm_head(model)
+    head, states = lm_head(model), batch.states(model)
     logp = linear_logp(
-        batch.states(model), head.weight, batch.target, rows=batch.rows, bias=head.bias,
-        softcap=head.softcap, logit_scale=head.logit_scale, impl="chunked",
+        states, head.weight, batch.target, rows=batch.rows, bias=head.bias, softcap=head.softcap,
+        logit_scale=head.logit_scale, impl="chunked" if states.is_cuda else "auto",
     ).logp  # fmt: skip
     offsets = batch.cu_seqlens.to(logp.device, torch.int64)
     sums = torch.segment_reduce(logp.double(), "sum", offsets=offsets)

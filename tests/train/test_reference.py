@@ -15,6 +15,8 @@ from srlm_fast.model.weights import frozen_copy
 from srlm_fast.train import batches, reference
 from srlm_fast.train.noise import Refinement
 from srlm_fast.train.preference import train_preference
+from tests.pretended_gpu import on_gpu
+from tests.train import tiny
 
 CONFIG = PreferenceConfig(
     learning_rate=3e-3, num_train_epochs=3, per_device_train_batch_size=5, logging_steps=1
@@ -139,15 +141,18 @@ def test_saving_changes_no_fingerprint(tmp_path):
     assert reference.fingerprint(model) == reference.fingerprint(loaded) == before
 
 
-def test_cached_sums_are_of_the_products_of_the_loss(train, monkeypatch):
-    """On a GPU scoring by itself takes other kernels, whose roundings no batch would show."""
+def test_cached_sums_on_a_gpu_are_of_the_products_of_the_loss(gpu, pairs, monkeypatch):
+    """Scoring by itself takes other kernels there, whose roundings no batch would show."""
     taken, logp = [], reference.linear_logp
-    monkeypatch.setattr(
-        reference,
-        "linear_logp",
-        lambda *args, **options: taken.append(options["impl"]) or logp(*args, **options),
-    )
-    train("logps")
+
+    def watched(*args, **options):
+        taken.append(options["impl"])
+        return logp(*args, **options)
+
+    monkeypatch.setattr(reference, "linear_logp", watched)
+    model, config = on_gpu(tiny.new_model(dtype=torch.bfloat16)), CONFIG
+    config = replace(config, reference_cache="logps", num_train_epochs=1)
+    train_preference(model, model, pairs, config, seed=0, pad_id=0, log=lambda row: None)
     assert set(taken) == {"chunked"}
 
 

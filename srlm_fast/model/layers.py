@@ -60,11 +60,13 @@ def _norm(kind: Any, example: Any) -> Forward | None:
     eps = "variance_epsilon" if hasattr(example, "variance_epsilon") else "eps"
 
     def with_offset(offset: float) -> Forward:
-        def forward(module: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-            weight = getattr(module, "weight", x)  # some of a class may be without one
-            if args or kwargs or weight.shape != x.shape[-1:] or not layers.takes(x, weight):
-                return kind.forward(module, x, *args, **kwargs)
-            return layers.rms_norm(x, weight, getattr(module, eps), offset)
+        def forward(module: Any, *args: Any, **kwargs: Any) -> Any:
+            weight = getattr(module, "weight", None)  # some of a class may be without one
+            if len(args) == 1 and not kwargs and weight is not None:
+                (x,) = args
+                if x.shape[-1:] == weight.shape and layers.takes(x, weight):
+                    return layers.rms_norm(x, weight, getattr(module, eps), offset)
+            return kind.forward(module, *args, **kwargs)
 
         return forward
 
@@ -87,9 +89,11 @@ def _mlp(kind: Any, example: Any) -> Forward | None:
         product: Tensor = module.act_fn(gate) * up
         return product
 
-    def forward(module: Any, x: Tensor) -> Any:
+    def forward(module: Any, *args: Any, **kwargs: Any) -> Any:
+        if len(args) != 1 or kwargs:
+            return kind.forward(module, *args, **kwargs)
         # No names for the two: they would be in memory until the last product is over.
-        return module.down_proj(gated(module, module.gate_proj(x), module.up_proj(x)))
+        return module.down_proj(gated(module, module.gate_proj(*args), module.up_proj(*args)))
 
     mlp = copy.copy(example)
     mlp._modules = {**example._modules, "gate_proj": _Times(7), "up_proj": _Times(3)}

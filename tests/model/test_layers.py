@@ -181,6 +181,16 @@ def test_a_class_patched_after_it_was_tried_is_tried_again(monkeypatch: pytest.M
         assert torch.equal(mlp(torch.ones(3, 32)), torch.full((3, 32), 2.0))
 
 
+def test_layers_may_be_called_by_keywords() -> None:
+    model = FAMILIES["llama"]()
+    layer: Any = model.model.layers[0]
+    x = torch.randn(3, 32, generator=torch.Generator().manual_seed(0))
+    expected = layer.input_layernorm(x), layer.mlp(x)
+    with fused_layers(model):
+        assert torch.equal(layer.input_layernorm(hidden_states=x), expected[0])
+        assert torch.equal(layer.mlp(x=x), expected[1])
+
+
 def test_what_cannot_be_tried_is_no_match() -> None:
     def asks(*_: Any) -> Any:
         raise AttributeError("no such thing")

@@ -37,7 +37,7 @@ class Case:
         self.expected = [greedy(model, prompt) for prompt in PROMPTS]
 
 
-def greedy(model: Any, prompt: list[int], tokens: int = TOKENS) -> list[int]:
+def greedy(model: Any, prompt: list[int], tokens: int = TOKENS, **options: Any) -> list[int]:
     """What `generate` gives for one prompt; no choice may be so close that rounding makes it."""
     ids = torch.tensor([prompt])
     made = model.generate(
@@ -47,6 +47,7 @@ def greedy(model: Any, prompt: list[int], tokens: int = TOKENS) -> list[int]:
         max_new_tokens=tokens,
         return_dict_in_generate=True,
         output_logits=True,
+        **options,
     )
     best = torch.cat(made.logits).float().topk(2).values
     assert (best[:, 0] - best[:, 1]).min() > 1e-3, "a tie: take another seed of weights"
@@ -171,11 +172,23 @@ def test_a_gpu_gives_the_tokens_of_a_cpu(name: str) -> None:
         torch.testing.assert_close(found, logps, atol=1e-4, rtol=0)
 
 
+@torch.no_grad()
+def cache_is_right(model: Any) -> bool:
+    """Whether the model's last logits are the same with and without its cache; doge's were not in
+    transformers 5.17."""
+    ids = torch.tensor([LONG[:30]])
+    cache = model(ids[:, :-1], use_cache=True).past_key_values
+    last = [model(ids).logits[0, -1], model(ids[:, -1:], past_key_values=cache).logits[0, -1]]
+    return torch.allclose(*last, atol=1e-3)
+
+
 @pytest.mark.parametrize("name", UNSUPPORTED)
 def test_what_pages_cannot_serve_falls_back_with_one_warning(
     name: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     model = UNSUPPORTED[name]()
+    if not cache_is_right(model):
+        pytest.skip("this version of transformers computes other logits with a cache")
     with caplog.at_level("WARNING", logger="srlm_fast.sampler"):
         case = Case(model)
         scores = case.sampler.score(PROMPTS, [[ids] for ids in case.expected])
@@ -197,7 +210,8 @@ def test_a_row_that_grows_into_other_rotary_frequencies() -> None:
     model = UNSUPPORTED["phi3 with longrope"]()
     prompt = LONG[:105]
     (output,) = Sampler(model).generate([prompt], SamplingParams(n=2, temperature=0, max_tokens=12))
-    expected = greedy(model, prompt, tokens=12)
+    # Some versions of transformers serve the long one with the old keys themselves.
+    expected = greedy(model, prompt, tokens=12, use_cache=False)
     assert [row.token_ids for row in output.outputs] == [expected, expected]
 
 

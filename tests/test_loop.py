@@ -80,6 +80,8 @@ def test_dry_run_of_a_model_of_which_only_the_configuration_is_there(
         (["--recipe", "nowhere.yaml"], "does not exist"),
         (["--preference.bta", "0.1"], "did you mean beta?"),
         (["--samplng.top_p", "0.1"], "did you mean sampling?"),
+        (["--learning_rate", "1"], "did you mean sft.learning_rate or preference.learning_rate?"),
+        (["--output_dir", "x"], "the folder of a run is --out"),
         (["--rounds", "many"], "rounds must be a whole number"),
         (["--rounds", "0"], "rounds"),
         (["--rounds"], "--rounds needs a value"),

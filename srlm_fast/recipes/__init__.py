@@ -139,7 +139,8 @@ def _build(cls: type[Any], tree: Any, prefix: str) -> Any:
     hints = typing.get_type_hints(cls)
     for key in tree:
         if key not in hints:
-            raise UserError(f"unknown setting {prefix}{key}{_nearest(str(key), list(hints))}")
+            hint = _deeper(str(key), hints) or _nearest(str(key), list(hints))
+            raise UserError(f"unknown setting {prefix}{key}{hint}")
     values = {key: _value(hints[key], value, prefix + key) for key, value in tree.items()}
     try:
         return cls(**values)
@@ -191,6 +192,15 @@ def _lists(value: Any) -> Any:
     return [_lists(v) for v in value] if isinstance(value, tuple | list) else value
 
 
+def _deeper(name: str, hints: Mapping[str, Any]) -> str:
+    """For names that TRL has in one flat group: where they are here."""
+    if name == "output_dir":
+        return "; the folder of a run is --out"
+    groups = [g for g, kind in hints.items() if dataclasses.is_dataclass(kind)]
+    found = [f"{g}.{name}" for g in groups if name in typing.get_type_hints(hints[g])]
+    return f"; did you mean {' or '.join(found)}?" if found else ""
+
+
 def _nearest(name: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     return f"; did you mean {close[0]}?" if close else f"; known are {', '.join(known)}"

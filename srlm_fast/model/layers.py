@@ -6,7 +6,6 @@ keeps its own `forward` when the results differ. The weights stay where they are
 
 from __future__ import annotations
 
-import copy
 import functools
 import types
 from collections.abc import Callable, Iterator
@@ -71,7 +70,7 @@ def _norm(kind: Any, example: Any) -> Forward | None:
         return forward
 
     def same(forward: Forward) -> bool:
-        norm = copy.copy(example)
+        norm = _twin(example)
         norm._parameters = {"weight": nn.Parameter(_random(24) + 1)}
         small_too = torch.tensor([[30.0], [1.0], [1e-3]])  # where eps counts
         return _agree(kind.forward, forward, norm, _random(3, 24) * small_too)
@@ -95,7 +94,7 @@ def _mlp(kind: Any, example: Any) -> Forward | None:
         # No names for the two: they would be in memory until the last product is over.
         return module.down_proj(gated(module, module.gate_proj(*args), module.up_proj(*args)))
 
-    mlp = copy.copy(example)
+    mlp = _twin(example)
     mlp._modules = {**example._modules, "gate_proj": _Times(7), "up_proj": _Times(3)}
     mlp._modules["down_proj"] = _Times(1)
     # Large numbers, for some families clamp them.
@@ -142,6 +141,13 @@ def _rotation(own: Forward) -> Forward | None:
 
     q, k, cos, sin = _random(2, 3, 5, 8), _random(2, 1, 5, 8), _random(2, 5, 8), _random(2, 5, 8)
     return rotate if _agree(own, rotate, q, k, cos, sin) else None
+
+
+def _twin(example: Any) -> Any:
+    """A module that may be given other weights. Not copy.copy, for which FSDP makes a new one."""
+    twin = object.__new__(type(example))
+    vars(twin).update(vars(example))
+    return twin
 
 
 def _random(*shape: int) -> Tensor:

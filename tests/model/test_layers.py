@@ -181,6 +181,18 @@ def test_a_class_patched_after_it_was_tried_is_tried_again(monkeypatch: pytest.M
         assert torch.equal(mlp(torch.ones(3, 32)), torch.full((3, 32), 2.0))
 
 
+def test_a_class_may_make_its_instances_in_a_way_of_its_own() -> None:
+    """As those that FSDP2 puts in the place of a family's."""
+
+    class Wrapped(Sums):
+        def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+            return Sums(*args, **kwargs)
+
+    example = Sums(lambda x, w, eps: x * (mean_square(x) + eps).rsqrt() * w)
+    example.__class__ = type("WrappedRMSNorm", (Wrapped,), {})
+    assert _fused(type(example), example) is not None
+
+
 def test_layers_may_be_called_by_keywords() -> None:
     model = FAMILIES["llama"]()
     layer: Any = model.model.layers[0]

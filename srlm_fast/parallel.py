@@ -180,6 +180,10 @@ def start() -> Ranks:
         return ALONE
     import torch
 
+    # Its functions have the group that there is at their import as a default, and would keep ours:
+    # gloo's threads would go on when Python ends, and abort the process now and then.
+    import torch.distributed.nn.functional
+
     dist, cuda = _distributed(), torch.cuda.is_available()
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     try:

@@ -1,8 +1,10 @@
 """What processes tell each other: two and three of them on gloo, and one alone."""
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -152,3 +154,28 @@ def test_each_rank_needs_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 if __name__ == "__main__":
     processes.main({2: CHECKS, 3: CHECKS})
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads are looked up in /proc")
+def test_no_thread_of_gloo_outlives_the_group(tmp_path: Path) -> None:
+    """What was imported later kept the group, and one process in eight aborted at its end."""
+    script = (
+        "from pathlib import Path\n"
+        "from srlm_fast.parallel import start\n"
+        "ranks = start()\n"
+        "import transformers.modeling_utils\n"
+        "ranks.close()\n"
+        "names = [t.read_text() for t in Path('/proc/self/task').glob('*/comm')]\n"
+        "assert not any('gloo' in name for name in names), names\n"
+    )
+    root = Path(__file__).parents[1]
+    environment = os.environ | {
+        "PYTHONPATH": f"{root}{os.pathsep}{root / 'kernels'}", "GLOO_SOCKET_IFNAME": "lo",
+    }  # fmt: skip
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    (tmp_path / "script.py").write_text(script)
+    done = subprocess.run(
+        [sys.executable, *torchrun, "script.py"], cwd=tmp_path, env=environment, check=False,
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr

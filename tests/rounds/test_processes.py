@@ -117,10 +117,12 @@ def launch(*argv: str, folder: Path, check: bool = True) -> subprocess.Completed
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (ROOT, PACKAGE)))}
     if sys.platform == "linux":
         environment["GLOO_SOCKET_IFNAME"] = "lo"
-    return subprocess.run(
-        [sys.executable, *argv], cwd=folder, env=environment, check=check, timeout=300,
+    done = subprocess.run(
+        [sys.executable, *argv], cwd=folder, env=environment, check=False, timeout=300,
         capture_output=True, text=True,
     )  # fmt: skip
+    assert done.returncode == 0 or not check, done.stderr[-3000:]
+    return done
 
 
 @pytest.fixture(scope="module")
@@ -252,7 +254,9 @@ def test_ranks_that_see_different_folders(runs: Path) -> None:
 
 
 def test_torchrun(tmp_path: Path) -> None:
-    torchrun = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "srlm_fast.loop")
+    # Alone on a port of its own: torchrun's usual one may be another test's, or taken.
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    torchrun += ("-m", "srlm_fast.loop")
     plan = launch(*torchrun, "--dry-run", folder=tmp_path).stdout
     assert plan.count("method srlm") == 1 and "2 processes; in preference" in plan
     failed = launch(*torchrun, "--preference.bta", "1", folder=tmp_path, check=False)
